@@ -1,6 +1,6 @@
 /**
- * Clients that ask for as much as they can, for attacks.mjs: each runs as a process of its own, at full speed, until it is
- * told to stop (SIGTERM). They speak bytes, so that no library's good manners hold them back. Owns their sockets.
+ * Clients for attacks.mjs that demand as much as they can: each runs as a process of its own, at full speed, until SIGTERM.
+ * They write the protocol's bytes themselves, so that no library limits them. Owns their sockets.
  *
  *     node bench/attack-clients.mjs NAME SOCKET [EXPORT]
  */
@@ -22,7 +22,7 @@ const GREETING_BYTES = 18;
 const OPTION_REPLY_BYTES = 20;
 /** A reply without content, with extended headers. */
 const CHUNK_BYTES = 32;
-/** Requests or options that are sent at once. */
+/** Requests or options that are sent in one write. */
 const BATCH = 256;
 
 class Client {
@@ -47,7 +47,7 @@ class Client {
     return client;
   }
 
-  /** What came, `length` bytes of it. */
+  /** The next `length` bytes received. */
   async read(length) {
     while (this.#bytes < length) {
       if (this.socket.destroyed) throw new Error('the server closed the connection');
@@ -59,7 +59,7 @@ class Client {
     return all.subarray(0, length);
   }
 
-  /** With the kernel's buffers full this waits. */
+  /** Waits while the kernel's buffers are full. */
   async send(bytes) {
     if (this.socket.destroyed) throw new Error('the server closed the connection');
     if (!this.socket.write(bytes)) {
@@ -72,7 +72,7 @@ class Client {
     await this.send(uint32(3));
   }
 
-  /** Replies up to and with the one that ends the option. */
+  /** The replies to an option, including the last one. */
   async option(option, data) {
     await this.send(optionBytes(option, data));
     for (;;) {
@@ -83,7 +83,7 @@ class Client {
     }
   }
 
-  /** In transmission on `name`. */
+  /** A connection in the transmission phase on the export `name`. */
   static async open(path, name, { extended = true, contexts = [] } = {}) {
     const client = await Client.connect(path);
     client.extended = extended;
@@ -111,7 +111,7 @@ class Client {
     return bytes;
   }
 
-  /** The same requests again and again, as fast as the server takes them; replies are thrown away. */
+  /** Repeats the same requests as fast as the server takes them; discards the replies. */
   async flood(...requests) {
     this.isThrownAway = true;
     const batch = Buffer.concat(Array.from({ length: BATCH }, (_, index) => requests[index % requests.length]));
@@ -200,7 +200,7 @@ const ATTACKS = {
     };
     await Promise.all(Array.from({ length: 20 }, one));
   },
-  /** Leaves so much unflushed that whoever closes the disk has long to do. */
+  /** Leaves so much unflushed data that closing the disk takes long. */
   async unflushed(path) {
     for (;;) {
       const client = await Client.open(path, 'scratch');
@@ -246,7 +246,7 @@ const ATTACKS = {
       await Client.open(path, 'data').catch(() => undefined);
     }
   },
-  /** Not an attack: somebody who comes, reads and leaves. Prints how long each took, in microseconds. */
+  /** Not an attack: connects, reads and leaves, again and again. Prints how long each visit took, in microseconds. */
   async visitor(path, name) {
     for (;;) {
       const start = performance.now();
@@ -264,7 +264,7 @@ const ATTACKS = {
   },
 };
 
-/** Writes of 4 KiB, so many under way at a time, until `total` of them are answered. */
+/** Writes of 4 KiB, a fixed number in flight, until `total` of them are answered. */
 async function writeAtOnce(client, depth, offsetOf, total = Infinity) {
   const page = Buffer.alloc(4 * KIB, 1);
   for (let sent = 0, answered = 0; answered < total; answered++) {
@@ -299,7 +299,7 @@ if (attack === undefined || socketPath === undefined) {
   (isAsked ? process.stdout : process.stderr).write(usage);
   process.exit(isAsked ? 0 : 2);
 }
-// Being thrown out is no reason to stop.
+// Continue after the server has closed the connection.
 const keepAlive = setInterval(() => undefined, 1000);
 process.on('SIGTERM', () => {
   clearInterval(keepAlive);

@@ -1,4 +1,4 @@
-/** The stores of attacks.mjs: a few disks of every kind, and very many small ones. */
+/** Makes the stores of attacks.mjs: one with a few disks of every kind, one with very many small disks. */
 import path from 'node:path';
 
 const MIB = 2 ** 20;
@@ -6,7 +6,7 @@ const GIB = 2 ** 30;
 const TIB = 2 ** 40;
 const OBJECT = 2 ** 22;
 const PAGE = 4096;
-/** Owners of the map of `full`, which have no files: maps are what is measured. */
+/** Owners in the map of `full`; they have no files, because only maps are measured. */
 const FIRST_OWNER = 100_000;
 const OWNER_RUN_SHIFT = 5;
 const OWNERS = 4000;

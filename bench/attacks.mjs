@@ -1,8 +1,8 @@
 /**
- * What one client's demands do to another one: 4 KiB reads, one at a time, and visits (connect, read 4 KiB, leave), alone
- * and beside each kind of client of attack-clients.mjs at full speed. Owns every process and directory it makes. The
- * figure to reach: a read's p99 below 10 ms, and a maximum below 50 ms or, where the machine is that noisy, twice the one alone.
- * Visits have no figure, but none may fail.
+ * The effect of one client on another: 4 KiB reads, one at a time, and visits (connect, read 4 KiB, leave), alone and beside
+ * each kind of client of attack-clients.mjs at full speed. Owns every process and directory that it makes. The goal for reads:
+ * a p99 below 10 ms, and a maximum below 50 ms or, on a noisy machine, twice the maximum alone. Visits have no time limit, but
+ * none may fail.
  *
  *     npm run build && node bench/attacks.mjs [--only PATTERN] [--seconds 5] [--dist DIST] [--dir DIR] [--vdis 20000]
  *
@@ -22,20 +22,20 @@ const MIB = 2 ** 20;
 const PAGE = 4096;
 const READY_TIMEOUT_MS = 60_000;
 const STOP_TIMEOUT_MS = 15_000;
-/** An attack is under way before anybody is measured. */
+/** An attack runs for this long before the measurement. */
 const WARM_UP_MS = 1000;
-/** Who is not answered for so long after its time is given up. */
+/** A reader without an answer for this long after its time is stopped. */
 const PATIENCE_SECONDS = 20;
 const LIMIT_P99_MS = 10;
 const LIMIT_MAX_MS = 50;
 
-/** Another user, to the daemon another peer; 65534 is nobody's. */
+/** Another user, and so another peer for the daemon; 65534 is the user nobody. */
 const STRANGER = process.getuid?.() === 0 ? { uid: 65534, gid: 65534 } : {};
 
 /**
- * `item`: of the list of what one client must not do to others. `store`: which one is served. `isStranger`: what is bounded for
- * each peer, so whoever is measured must be another one; without root it is not, and is turned away with the others. `slow`: how
- * much longer, in ms, each write or sync of its disk takes (slow-disk.c).
+ * `item`: its number in the list of attacks. `store`: the store that is served. `isStranger`: the attack hits a limit per peer,
+ * so the attacker must be another peer than the measured client; without root it is the same peer, and both are refused.
+ * `slow`: by how much longer, in ms, each write or sync of its disk takes (slow-disk.c).
  */
 const SCENARIOS = [
   { item: '-', name: 'nobody', store: 'few' },
@@ -125,7 +125,7 @@ try {
 async function main() {
   const wanted = SCENARIOS.filter(({ name }) => name === 'nobody' || new RegExp(values.only).test(name));
   buildNbdload();
-  // In processes of their own, which exit: the daemon opens what a stopped daemon has left.
+  // In separate processes, which exit: the daemon opens stores that another process has closed.
   for (const store of new Set(wanted.map(({ store: name }) => name))) await prepare(store);
   console.log(
     `${'item'.padEnd(5)}${'client'.padEnd(54)}reads, ms: p50    p99     max   visits, ms: p50    p99     max`,
@@ -143,12 +143,12 @@ async function main() {
         result.failures === 0);
     if (!isGood) bad.push(scenario.name);
     console.log(
-      `${scenario.item.padEnd(5)}${(scenario.what ?? 'nobody else').padEnd(54)}     ${cells(result.reads)}            ` +
+      `${scenario.item.padEnd(5)}${(scenario.what ?? 'no other client').padEnd(54)}     ${cells(result.reads)}            ` +
         `${cells(result.visits)}${isGood ? '' : '  over'}${result.isServed ? '' : '  not served'}${result.failures > 0 ? `  ${result.failures} visits failed` : ''}` +
         `  ${(result.peakBytes / MIB).toFixed(0)} MiB`,
     );
   }
-  console.log(bad.length === 0 ? 'all within the figure' : `over the figure: ${bad.join(', ')}`);
+  console.log(bad.length === 0 ? 'all within the goal' : `over the goal: ${bad.join(', ')}`);
   process.exit(bad.length === 0 ? 0 : 1);
 }
 
@@ -158,7 +158,7 @@ function cells({ p50, p99, max }) {
 
 async function measure({ name, store, descriptors, isStranger, slow, readBytes = PAGE }) {
   const where = path.join(directory, store);
-  // Not in the store: strangers may not go there.
+  // Not in the store: other users have no access there.
   const socket = path.join(directory, `${store}.sock`);
   const daemon = await serve(where, socket, descriptors, slow);
   const attacker =
@@ -189,7 +189,7 @@ async function measure({ name, store, descriptors, isStranger, slow, readBytes =
   await ended(load);
   clearTimeout(patience);
   const [, , p50, p99, max] = output.split(' ').map((word) => Number.parseFloat(word) / 1000);
-  // Who got nothing counts with what it has waited.
+  // A request without an answer counts with the time that it has waited.
   const waited = performance.now() - began;
   if (visits.length === 0) visits.push(waited);
   const peakBytes = 1024 * Number(/VmHWM:\s+(\d+)/.exec(fs.readFileSync(`/proc/${daemon.pid}/status`, 'utf8'))?.[1]);
@@ -250,7 +250,7 @@ async function serve(store, socket, descriptors, slow) {
   await Promise.race([
     new Promise((resolve) => daemon.stdout.once('data', resolve)),
     ended(daemon).then((code) => {
-      throw new BenchError(`the daemon ended at its start (${code})`);
+      throw new BenchError(`the daemon ended during its start (${code})`);
     }),
     new Promise((_, reject) => {
       timer = setTimeout(() => reject(new BenchError('the daemon does not become ready')), READY_TIMEOUT_MS);
@@ -261,7 +261,7 @@ async function serve(store, socket, descriptors, slow) {
   return daemon;
 }
 
-/** Not LMDB's file: who comes to a slow disk waits for its commits, which is no other client's doing. */
+/** Not LMDB's file: a client that opens a slow disk waits for its commits, which is not the effect of another client. */
 function slowDisk(store, { write = 0, sync = 0 }) {
   buildSlowDisk();
   const directory = fs.realpathSync(store);

@@ -1,6 +1,6 @@
 /**
- * What bench/cluster.mjs compares, on nodes of its own: three real Sheepdog nodes on loopback, a sheepgate daemon, tgt, `dog`
- * and a bare client of the nodes. Owns all processes, its directory and the VDIs in it; knows nothing of workloads' figures.
+ * The servers that bench/cluster.mjs compares: three real Sheepdog nodes on loopback, a sheepgate daemon, tgt, `dog` and a bare
+ * client of the nodes. Owns all processes, its directory and the VDIs in it. Does not depend on workloads or their results.
  */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -20,11 +20,11 @@ const READY_TIMEOUT_MS = 30_000;
 const STOP_TIMEOUT_MS = 15_000;
 const COMMAND_TIMEOUT_MS = 10 * 60_000;
 const POLL_MS = 50;
-/** Nodes and daemons have nothing left to do when all of them together used less than this in QUIET_MS. */
+/** Nodes and daemons are idle when all of them together used less than this in QUIET_MS. */
 const QUIET_TICKS = 2;
 const QUIET_MS = 200;
 const QUIET_TIMEOUT_MS = 15_000;
-/** Of /proc/PID/stat; the same on all machines that run Linux on these processors. */
+/** The clock tick of /proc/PID/stat; the same on all Linux machines with these processors. */
 const TICK_US = 10_000;
 const TARGET = 'iqn.2026-01.bench:sheep';
 /** A node maps memory for 512 KiB and more, and is slower then; 11 of these are nearly an object. */
@@ -36,7 +36,7 @@ const OPT_EXPORT_NAME = 1;
 
 const children = new Set();
 
-/** Every process it has started; for the end of the run, however it comes. */
+/** Every process that was started, to end them however the run ends. */
 export function killAll() {
   for (const child of children) child.kill('SIGKILL');
 }
@@ -49,7 +49,7 @@ export async function startNodes(directory) {
     const home = path.join(directory, `node${n}`);
     fs.mkdirSync(home);
     const log = path.join(directory, `node${n}.out`);
-    // Without syncs: what is measured here is not the disk.
+    // Without syncs: the disk is not measured here.
     const args = ['-f', '-n', '-b', HOST, '-y', HOST, '-p', `${ports[n]}`, '-z', `${n}`];
     const child = start('sheep', [...args, '-c', `local:${directory}/shm`, home], { log });
     nodes.push(child);
@@ -92,7 +92,7 @@ export class Nodes {
     }
   }
 
-  /** Nowhere. */
+  /** Discarded. */
   async read(name, size) {
     const output = fs.openSync('/dev/null', 'w');
     try {
@@ -113,7 +113,7 @@ export class Nodes {
     return vid;
   }
 
-  /** When none of these has anything left to do. */
+  /** Resolves when all of them are idle. */
   async quiet(processes) {
     const all = [...this.processes, ...processes];
     const until = performance.now() + QUIET_TIMEOUT_MS;
@@ -126,7 +126,7 @@ export class Nodes {
   }
 }
 
-/** Serves `name` over NBD. `dist`: of which build. */
+/** Serves `name` over NBD. `dist`: the build to run. */
 export class Gate {
   constructor(id, title, dist) {
     this.id = id;
@@ -145,7 +145,7 @@ export class Gate {
     this.program = path.join(this.dist, '../bin/sheepgate.cjs');
     const args = [this.program, 'serve', '--cluster', nodes.address, '--listen', `unix:${this.socket}`];
     args.push('--control', this.control, ...serveArgs);
-    // It remembers nothing of this cluster on this machine, and meets no other daemon of it.
+    // No state of this cluster from earlier runs, and no other daemon of it.
     const runtime = path.join(nodes.directory, `${this.id}.run`);
     fs.mkdirSync(runtime, { mode: 0o700 });
     const env = { SHEEPGATE_STATE: path.join(nodes.directory, `${this.id}.state`), XDG_RUNTIME_DIR: runtime };
@@ -166,7 +166,7 @@ export class Gate {
     };
   }
 
-  /** NAME@now is open until what is returned is called. */
+  /** Opens NAME@now; the returned function closes it. */
   async openNow() {
     const socket = net.connect(this.socket);
     socket.on('error', () => undefined);
@@ -188,7 +188,7 @@ export class Gate {
     });
     return async () => {
       const closed = new Promise((resolve) => socket.once('close', resolve));
-      // Who leaves without a word may come back, and finds the same moment again.
+      // Disconnect in order: otherwise the snapshot is kept, and the next NAME@now finds the same moment.
       socket.end(disconnectRequest());
       await closed;
     };
@@ -221,7 +221,7 @@ export class Tgt {
     const log = path.join(nodes.directory, 'tgt.out');
     const env = { TGT_IPC_SOCKET: control };
     this.process = start('tgtd', ['-f', '--iscsi', `portal=${HOST}:${port}`], { log, env });
-    // It makes the socket of this name, and adds the number of the control port.
+    // tgtd creates a socket with this name plus the number of the control port.
     const isThere = async () => (await canConnect(`${control}.0`)) && (await canConnect(port));
     await until('tgt listens', isThere, this.process, log);
     const tgtadm = (...args) => run('tgtadm', ['--lld', 'iscsi', ...args, '--tid', '1'], { env });
@@ -236,7 +236,7 @@ export class Tgt {
     return measured(ISCSILOAD, [this.url, depth, block, mode, order, seconds, span, count]);
   }
 
-  /** Taken by `dog`: tgt has no way to. It notices by itself. */
+  /** Taken with `dog`, because tgt cannot take snapshots. tgt notices it by itself. */
   async snapshot() {
     const tag = `s${this.snapshots++}`;
     await this.nodes.dog('vdi', 'snapshot', '-s', tag, this.name);
@@ -246,7 +246,7 @@ export class Tgt {
   }
 }
 
-/** Pipes of `dog`: all of the disk at once, and so nothing but throughput. */
+/** Pipes of `dog`: the whole disk at once, so only throughput is measured. */
 export class Dog {
   id = 'dog';
   title = 'dog';
@@ -272,7 +272,7 @@ export class Dog {
   snapshot = Tgt.prototype.snapshot;
 }
 
-/** Nobody in between: the limit of the nodes. After a snapshot it makes the copies and enters each in the table. */
+/** No gateway: the limit of the nodes. After a snapshot it makes the copies and enters each in the table. */
 export class Bare {
   id = 'bare';
   title = 'bare client';
@@ -283,7 +283,7 @@ export class Bare {
     this.nodes = nodes;
     await nodes.fill(this.name, size, pattern);
     this.vid = await nodes.vidOf(this.name);
-    /** Whose all objects are: the vid's, or that of a snapshot. */
+    /** The vid that owns all objects: the VDI's own, or that of a snapshot. */
     this.owner = this.vid;
   }
 
@@ -298,7 +298,7 @@ export class Bare {
     let seconds = 0;
     let left = count;
     if (mode === 'write' && this.owner !== this.vid) {
-      // Once in each object it is a copy; what else is written to it then goes in place.
+      // The first write to each object is a copy; later writes go in place.
       const objects = span / OBJECT_BYTES;
       const copied = await load('copy', 'each', this.vid, depth, block, objects);
       this.owner = this.vid;
@@ -318,7 +318,7 @@ export class Bare {
   }
 }
 
-/** CPU of these so far, in units of TICK_US. */
+/** CPU time of these processes so far, in units of TICK_US. */
 function ticksOf(processes) {
   return processes.reduce((sum, { pid }) => sum + ticks(pid), 0);
 }
@@ -363,7 +363,7 @@ function start(command, args, { log, env = {} }) {
   return child;
 }
 
-/** What it prints. Errors: BenchError. */
+/** The output of the command. Errors: BenchError. */
 function run(command, args, { input = 'ignore', output = 'pipe', env = {} } = {}) {
   return new Promise((resolve, reject) => {
     const child = spawn(command, args, { stdio: [input, output, 'pipe'], env: environment(env) });

@@ -1,8 +1,8 @@
 /**
- * Sheepgate before a Sheepdog cluster, beside what else reaches one: tgt with its Sheepdog backing store over iSCSI, pipes of
- * `dog`, and a bare client, the limit of the nodes. Three real nodes, two copies, all on loopback and in one run; rounds are
- * interleaved and their order rotates; printed are medians, and medians of the ratios of each round. Owns what it starts.
- * The goal, at 32 requests at a time and at 1 MiB: twice tgt, or 0.9 of the bare client, where it is the nodes that are slow.
+ * Sheepgate in front of a Sheepdog cluster, compared with the alternatives: tgt with its Sheepdog backing store over iSCSI,
+ * pipes of `dog`, and a bare client, the limit of the nodes. Three real nodes, two copies, all on loopback and in one run;
+ * rounds are interleaved and their order rotates. Prints medians, and medians of the ratios of each round. Owns what it starts.
+ * The goal, at 32 requests at a time and at 1 MiB: twice tgt, or 0.9 of the bare client, where the nodes are the limit.
  *
  *     npm run build && node bench/cluster.mjs [--quick]
  *
@@ -21,7 +21,7 @@ const KIB = 2 ** 10;
 const MIB = 2 ** 20;
 const HERE = import.meta.dirname;
 const OBJECT_BYTES = 4 * MIB;
-/** Of the span: two copies of a disk for each of five, of one more while its snapshot is there, and what is to be written. */
+/** In units of the span: two copies of five disks, of one more during a snapshot, and the data to be written. */
 const COPIES_OF_ALL = 14;
 const TIMES_TGT = 2;
 const SHARE_OF_BARE = 0.9;
@@ -170,7 +170,7 @@ async function measureRow(row, nodes, servers) {
   return { row, samples };
 }
 
-/** Who is measured, after what. After a snapshot there is also NAME@now, which does for us what others need a snapshot for. */
+/** The servers of a row. After a snapshot also NAME@now, which sheepgate can use where the others need a snapshot. */
 function columnsOf(row, servers) {
   const columns = servers
     .filter((server) => server.canDo?.(row) ?? true)
@@ -200,7 +200,7 @@ async function measure(row, { server, before }, nodes, servers) {
   const own = server.process ? [server.process] : [];
   const all = servers.flatMap(({ process: daemon }) => daemon ?? []);
   await nodes.quiet(all);
-  // What is written first after a snapshot is so only once: each object once, or all of the disk in order.
+  // An object has only one first write after a snapshot: write each object once, or the whole disk in order.
   const order = isFirstWrite && row.order === 'rand' ? 'each' : row.order;
   const count = isFirstWrite ? span / (order === 'each' ? OBJECT_BYTES : row.block) : 0;
   const ownBefore = cpuUs(own);
@@ -266,7 +266,7 @@ function paired(samples, id, peer) {
   return median(samples[id].map(({ perSecond }, round) => perSecond / samples[peer][round].perSecond));
 }
 
-/** Per request, over all rounds: the clock of it is a coarse one. */
+/** Per request, over all rounds, because its clock is coarse. */
 function cpuOf(samples, field) {
   const sum = (what) => samples.reduce((total, sample) => total + sample[what], 0);
   return Math.round(sum(field) / sum('requests')).toString();
@@ -302,7 +302,7 @@ function lineOf(command, ...args) {
   return (spawnSync(command, args, { encoding: 'utf8' }).stdout ?? '').split('\n')[0].trim();
 }
 
-/** Progress on a terminal overwrites itself; elsewhere only what is left out is worth a line. */
+/** On a terminal, progress overwrites itself; elsewhere, only left-out peers get a line. */
 function note(text) {
   if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${text}`);
   else if (text.startsWith('left out')) process.stderr.write(text);

@@ -1,6 +1,6 @@
-/* iscsiload: closed-loop load on an iSCSI target over one session, on libiscsi; what nbdload is for NBD.
+/* iscsiload: closed-loop load generator for an iSCSI target, one session, on libiscsi; as nbdload for NBD.
  * usage: iscsiload URL depth block_bytes read|write rand|seq|each seconds span_bytes [count]
- * "each": one block in each 4 MiB in turn, wherever in it. count: end after so many requests, however long it takes.
+ * "each": one block at a random place in each 4 MiB in turn. count: end after this many requests instead of seconds.
  * prints: requests/s MB/s p50us p99us maxus
  * gcc -O2 iscsiload.c -o iscsiload -liscsi */
 #include <iscsi/iscsi.h>

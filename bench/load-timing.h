@@ -1,7 +1,7 @@
 /*
- * What load generators with one thread have in common: the clock, numbers that look random, how long each request took, and
- * the line that is printed at the end: requests a second, MB a second, and the median, the 99th percentile and the longest
- * of their latencies in microseconds.
+ * Shared by the load generators with one thread: the clock, pseudo-random numbers, the latencies of requests, and the line that
+ * is printed at the end: requests per second, MB per second, and the median, the 99th percentile and the maximum of the
+ * latencies in microseconds.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -38,7 +38,7 @@ static int compare_latencies(const void *a, const void *b) {
   return x < y ? -1 : x > y;
 }
 
-/* `answered` requests of `block` bytes have taken so many seconds. */
+/* `answered` requests of `block` bytes took this many seconds. */
 static void print_result(uint64_t answered, size_t block, double seconds) {
   if (n_samples == 0) exit(1);
   qsort(latency, n_samples, sizeof *latency, compare_latencies);

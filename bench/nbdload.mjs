@@ -1,4 +1,4 @@
-/** The load generators (*load.c, on libnbd, on libiscsi, on nothing) and the slow disk, built when needed. Owns bench/.build. */
+/** Builds the load generators (*load.c, on libnbd, libiscsi or no library) and the slow disk when needed. Owns bench/.build. */
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -7,13 +7,13 @@ const SOURCE = path.join(import.meta.dirname, 'nbdload.c');
 /** Included by two of them. */
 const TIMING = path.join(import.meta.dirname, 'load-timing.h');
 const SLOW_DISK_SOURCE = path.join(import.meta.dirname, 'slow-disk.c');
-/** To be preloaded. */
+/** For LD_PRELOAD. */
 export const SLOW_DISK = path.join(import.meta.dirname, '.build/slow-disk.so');
 export const NBDLOAD = path.join(import.meta.dirname, '.build/nbdload');
 export const ISCSILOAD = path.join(import.meta.dirname, '.build/iscsiload');
 export const SHEEPLOAD = path.join(import.meta.dirname, '.build/sheepload');
 
-/** What whoever runs a benchmark is told in one line. */
+/** An error that the user of a benchmark gets as one line. */
 export class BenchError extends Error {}
 
 /** Errors: BenchError if the compiler or libnbd is missing. */

@@ -1,10 +1,10 @@
-/** The command line of a benchmark: --help, and in one line what is wrong. Nothing is made before it has been read. */
+/** The command line of a benchmark: --help, and one line for a wrong option. It is read before anything is made. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 
 /**
- * The values of `options` (as parseArgs takes them), or the end of the process: 0 after the usage, 2 with what is wrong.
+ * The values of `options` (as parseArgs takes them). Ends the process with 0 after the usage, with 2 after an error.
  * `numbers`: the options that must be above zero. `--only` is a regular expression, `--dist` a build, `--dir` a directory.
  */
 export function readOptions({ program, usage, options, numbers = [] }) {
@@ -16,12 +16,12 @@ export function readOptions({ program, usage, options, numbers = [] }) {
     }
     for (const name of numbers) {
       if (!(Number(values[name]) > 0 && Number.isFinite(Number(values[name])))) {
-        throw new Error(`--${name}: "${values[name]}" is no number above zero`);
+        throw new Error(`--${name}: "${values[name]}" is not a number above zero`);
       }
     }
     if (values.only !== undefined) new RegExp(values.only);
     if (values.dist !== undefined && !fs.existsSync(path.join(values.dist, 'cli/main.js'))) {
-      throw new Error(`--dist: ${values.dist} is no build; run 'npm run build'`);
+      throw new Error(`--dist: ${values.dist} is not a build; run 'npm run build'`);
     }
     if (values.dir !== undefined && !fs.statSync(values.dir, { throwIfNoEntry: false })?.isDirectory()) {
       throw new Error(`--dir: ${values.dir} is not a directory`);

@@ -1,10 +1,10 @@
-/** What the disks of the benchmarks are filled with. */
+/** The data that fills the disks of the benchmarks. */
 import fs from 'node:fs';
 
 const KIB = 1024;
 const MIB = 1024 * KIB;
 
-/** No block of zeros in it, so that nobody can leave a hole; every 4 KiB block is another. */
+/** No block is all zeros, so that no server can leave a hole; all 4 KiB blocks differ. */
 export function writePattern(file, size) {
   const chunk = new Uint32Array(MIB / 4);
   let state = 2463534242;

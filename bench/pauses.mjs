@@ -1,8 +1,8 @@
 /**
- * What a writer notices of snapshots on a large, fully allocated disk: the latencies of 4 KiB writes, and the longest turn
- * of the event loop (in CPU time, which other load on the machine does not change), while NAME@now is opened and closed in a
- * loop and snapshots are taken, listed and deleted. The map is full but for most of its entries there is no file: maps are
- * what is measured. Owns everything it makes.
+ * The effect of snapshots on a writer, on a large, fully allocated disk: the latencies of 4 KiB writes, and the longest turn of
+ * the event loop (in CPU time, which other load on the machine does not change), while NAME@now is opened and closed in a loop
+ * and snapshots are taken, listed and deleted. The map is full, but most of its entries have no file: only maps are measured.
+ * Owns everything that it makes.
  *
  *     npm run build && node bench/pauses.mjs [--objects 262144] [--depth 1] [--seconds 3] [--dist DIST] [--dir DIR]
  *
@@ -41,7 +41,7 @@ const OBJECTS = Number(values.objects);
 const DEPTH = Number(values.depth);
 const SECONDS = Number(values.seconds);
 const OBJECT = 2 ** 22;
-/** Objects that have a file: what is written. */
+/** Objects that have a file, which are written. */
 const REAL = 64;
 const OWNERS = 4000;
 /** Neighbours have the same owner, as after sequential writes: counts are kept in pages. */
@@ -89,7 +89,7 @@ const writer = spawn(
 const lines = readline.createInterface({ input: writer.stdout })[Symbol.asyncIterator]();
 await lines.next();
 
-// In the thread's own CPU time: on a machine that does other things as well, wall clocks tell of those.
+// In CPU time of the thread: the wall clock would include other work on the machine.
 const CLOCK_THREAD_CPUTIME_ID = 3; // linux/time.h
 const clockGettime = koffi.load('libc.so.6').func('int clock_gettime(int clock, void *time)');
 const timespec = Buffer.alloc(16);
@@ -98,7 +98,7 @@ function cpuMs() {
   return Number(timespec.readBigInt64LE(0)) * 1000 + Number(timespec.readBigInt64LE(8)) / 1e6;
 }
 
-/** Starts looking, every turn of the loop; returns what ends it and tells the longest turn. */
+/** Measures every turn of the loop; the returned function ends it and returns the longest turn. */
 function longestTurn() {
   let longest = 0;
   let last = cpuMs();
@@ -124,7 +124,7 @@ async function phase(name, work) {
   const start = performance.now();
   await work();
   took[name] = performance.now() - start;
-  // What goes on behind is part of it.
+  // Background work after the phase is part of it.
   const rest = SECONDS * 1000 - took[name];
   if (rest > 0) await new Promise((resolve) => setTimeout(resolve, rest));
   held[name] = end();

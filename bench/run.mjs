@@ -1,7 +1,7 @@
 /**
- * Sheepgate beside its peers: the same data, the same load generator (nbdload, on libnbd), one machine, one run. Owns
- * every process and directory it makes and removes them however it ends. Rounds are interleaved and their order rotates,
- * so that a noisy minute hits everybody; what is printed are medians. Figures of different runs must not be compared.
+ * Compares Sheepgate with its peers: the same data, the same load generator (nbdload, on libnbd), one machine, one run. Owns
+ * every process and directory that it makes, and removes them however it ends. Rounds are interleaved and their order rotates,
+ * so that a noisy minute affects all servers. Prints medians. Figures of different runs must not be compared.
  *
  *     npm run build && npm run bench -- --rounds 3 --seconds 1
  */
@@ -37,7 +37,7 @@ const USAGE = `usage: npm run bench -- [options]
   --quick           a smoke test: 64M, 1 round of 0.5 s; its figures mean nothing
   --list            print the workloads' names`;
 
-/** What DESIGN.md's table measures. */
+/** The workloads of the table in README.md. */
 const WORKLOADS = [
   { name: '4 KiB random read, QD 32, 1 conn', connections: 1, depth: 32, block: 4 * KIB, mode: 'read', order: 'rand' },
   { name: '4 KiB random read, QD 32, 4 conn', connections: 4, depth: 32, block: 4 * KIB, mode: 'read', order: 'rand' },
@@ -104,7 +104,7 @@ const SERVERS = [
 ];
 const QEMU_NBD = ['-t', '-e', '16', '--cache=writeback', '--aio=threads', '--discard=unmap'];
 
-/** An expected failure: told in one line, without a stack. */
+/** An expected failure: printed as one line, without a stack. */
 const options = readOptions();
 const children = new Set();
 const directories = [];
@@ -143,7 +143,7 @@ async function main() {
     running.push(await startFilled(server, { data, sockets, pattern }));
   }
   fs.rmSync(pattern);
-  // What the filling left dirty would otherwise be written back during the first rounds.
+  // Otherwise the kernel would write back the dirty pages of the filling during the first rounds.
   spawnSync('sync', ['-f', data]);
 
   const results = [];
@@ -201,13 +201,13 @@ function readOptions() {
 
 function parseSize(text) {
   const match = /^(\d+)([KMG]?)$/i.exec(text);
-  if (!match) throw new BenchError(`"${text}" is no size; give 512M or 1G`);
+  if (!match) throw new BenchError(`"${text}" is not a size; give for example 512M or 1G`);
   return Number(match[1]) * { '': 1, K: KIB, M: MIB, G: GIB }[match[2].toUpperCase()];
 }
 
 function positive(name, text, isKind) {
   const value = Number(text);
-  if (!(value > 0) || !isKind(value)) throw new BenchError(`${name}: "${text}" will not do`);
+  if (!(value > 0) || !isKind(value)) throw new BenchError(`${name}: "${text}" is not valid`);
   return value;
 }
 
@@ -221,7 +221,7 @@ function parsePeers(text) {
   return asked;
 }
 
-/** Asked for and installed; a peer that is not installed is left out, and it is said. */
+/** The requested servers that are installed. Prints a line for each peer that is left out because it is not installed. */
 function isWanted(server) {
   if (server.id !== 'sheepgate' && !options.peers.includes(server.id)) return false;
   const missing = server.needs.filter((command) => !haveCommand(command));
@@ -263,7 +263,7 @@ async function startFilled(server, { data, sockets, pattern }) {
   fs.closeSync(err);
   const tail = () => fs.readFileSync(log, 'utf8').trim().split('\n').slice(-5).join('\n');
   const gone = ended(child).then(({ code, signal }) => {
-    throw new BenchError(`${server.title} ended at its start (${signal ?? code}):\n${tail()}`);
+    throw new BenchError(`${server.title} ended during its start (${signal ?? code}):\n${tail()}`);
   });
   gone.catch(() => undefined);
   const ready = server.saysWhenReady ? firstLine(child.stdout) : connectable(socket);
@@ -274,7 +274,7 @@ async function startFilled(server, { data, sockets, pattern }) {
   return { server, child, uri, tail };
 }
 
-/** When somebody listens there. */
+/** Resolves when a server listens there. */
 async function connectable(socket) {
   for (;;) {
     const isListening = await new Promise((resolve) => {
@@ -407,7 +407,7 @@ function gib(bytes) {
   return bytes >= GIB ? `${Number((bytes / GIB).toFixed(1))} GiB` : `${Math.round(bytes / MIB)} MiB`;
 }
 
-/** Progress on a terminal overwrites itself; elsewhere only what is left out is worth a line. */
+/** On a terminal, progress overwrites itself; elsewhere, only left-out peers get a line. */
 function note(text) {
   if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${text}${text.startsWith('left out') ? '\n' : ''}`);
   else if (text.startsWith('left out')) process.stderr.write(`${text}\n`);

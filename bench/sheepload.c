@@ -1,10 +1,10 @@
-/* sheepload: closed-loop load on Sheepdog nodes with nothing in between, to compare a gateway with.
+/* sheepload: closed-loop load generator for Sheepdog nodes, without a gateway, to compare a gateway with.
  * usage: sheepload PORT[,PORT...] connections_per_node depth block_bytes read|write|copy rand|seq|each seconds VID_HEX
  *        span_bytes [count [BASE_VID_HEX]]
  * Nodes are on loopback. The VDI must have all its objects, of 4 MiB, under its own vid ("dog vdi create -P"), and no block
- * crosses the end of one. "each": one block in each object in turn, wherever in it. count: end after so many requests, however
- * long it takes. "copy": the first write to an object after a snapshot: make it as a copy of BASE_VID's with the block laid
- * over it, and then enter it in the table.
+ * crosses the end of an object. "each": one block at a random place in each object in turn. count: end after this many requests
+ * instead of seconds. "copy": the first write to an object after a snapshot: creates the object as a copy of BASE_VID's with the
+ * block written over it, and then enters it in the table.
  * prints: requests/s MB/s p50us p99us maxus
  * gcc -O2 sheepload.c -o sheepload */
 #define _GNU_SOURCE
@@ -24,7 +24,7 @@
 #define MAX_CONNECTIONS 64
 #define OBJECT_BYTES (4u << 20)
 #define HEADER_BYTES 48
-#define TABLE_OFFSET 4664 /* of the table in an inode */
+#define TABLE_OFFSET 4664 /* offset of the table in an inode */
 #define VDI_BIT (1ull << 63)
 #define ID_MASK 0xfffffu /* start times are kept by the low bits of the request's id */
 
@@ -93,7 +93,7 @@ static void queue_entry(struct connection *c, uint32_t object, double since) {
   queue(c, header, &vid, sizeof vid);
 }
 
-/* One answer, or what there is of it. Returns whether one is complete, and with it what was asked for. */
+/* Receives an answer or a part of it. Returns whether it is complete, and the request that it belongs to. */
 static int receive(struct connection *c) {
   ssize_t got;
   while (c->header_have < HEADER_BYTES) {

@@ -1,6 +1,5 @@
 /* A slow disk for attacks.mjs, by LD_PRELOAD: writes and syncs of the objects and logs of the store SLOW_DISK take
- * SLOW_WRITE_MS and SLOW_SYNC_MS longer. Wherever they are made: on the event loop they hold it, as a disk that cannot keep up
- * does. */
+ * SLOW_WRITE_MS and SLOW_SYNC_MS longer. Calls on the event loop block it, as with a real disk that cannot keep up. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A folder of this machine becomes an ext4 disk that any NBD client can have: mkfs.ext4 -d, sheepgate import, serve.
+# Makes an ext4 disk for any NBD client from a folder of this machine: mkfs.ext4 -d, sheepgate import, serve.
 #
 #   sh examples/ext4-from-folder.sh [FOLDER]      (default: the sources of sheepgate)
 set -eu
@@ -19,11 +19,11 @@ kib=$(du -sk "$folder" | cut -f1)
 truncate -s "$((kib / 1024 * 5 / 4 + 64))M" "$work/disk.img"
 show mkfs.ext4 -q -F -d "$folder" "$work/disk.img"
 
-say "2. The image becomes the VDI 'disk'; what is zeros takes up no space"
+say "2. Import the image as the VDI 'disk'; zeros use no space"
 show sheepgate import "$work/disk.img" disk
 rm "$work/disk.img"
 
-say "3. Serve it, and see what an NBD client sees"
+say "3. Serve it, and show what an NBD client sees"
 serve
 show nbdinfo "$(uri disk)"
 
@@ -42,14 +42,14 @@ if [ -e /dev/fuse ] && command -v nbdfuse >/dev/null 2>&1 && command -v fusermou
   fi
 fi
 if [ -z "$image" ]; then
-  echo "no nbdfuse here, so a copy will do"
+  echo "nbdfuse is not available, so a copy is used"
   show sheepgate export disk "$work/copy.img"
   image="$work/copy.img"
 fi
 show e2fsck -f -n "$image"
 show debugfs -R 'ls -l /' "$image" 2>/dev/null
 
-say "5. Every file is what it is in the folder"
+say "5. All files are the same as in the folder"
 mkdir "$work/back"
 debugfs -R "rdump / $work/back" "$image" >/dev/null 2>&1
 rmdir "$work/back/lost+found"

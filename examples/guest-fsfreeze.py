@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-# Freeze or thaw a guest's filesystems through the qemu guest agent's socket on the host, where there is no libvirt:
+# Freezes or thaws a guest's filesystems through the qemu guest agent's socket on the host, if there is no libvirt:
 #
 #   sheepgate backup vm1 --to /backup/vm1 \
 #     --freeze-cmd 'python3 examples/guest-fsfreeze.py freeze /run/vm1-qga.sock' \
 #     --thaw-cmd 'python3 examples/guest-fsfreeze.py thaw /run/vm1-qga.sock'
 #
-# Exit code 0 if the agent did it. Thawing what is not frozen is no error.
+# Exit code 0 if the agent did it. Thawing a guest that is not frozen is not an error.
 import json
 import random
 import socket
@@ -26,7 +26,7 @@ try:
     def ask(command, **arguments):
         agent.sendall(json.dumps({'execute': command, 'arguments': arguments}).encode() + b'\n')
 
-    # What is still on its way to somebody before us ends where the agent repeats our number.
+    # Skip answers to earlier clients: ours begin after the agent repeats our number.
     number = random.randrange(2**31)
     ask('guest-sync', id=number)
     for line in answers:

@@ -1,8 +1,8 @@
 /*
  * Attaches an NBD export as /dev/nbdN and keeps it attached: when the server goes away and comes back (a restart, a lost
- * network), it connects again and hands the kernel the new connections, and the requests under way are sent again.
- * Filesystems on the device see a pause and no error. If the export has grown meanwhile, so does the device (Linux 5.10 or
- * later), and 'resize2fs /dev/nbd0' or 'xfs_growfs /mnt' does the rest. Talks to the kernel by netlink; Linux 4.12 or later.
+ * network), it reconnects and hands the kernel the new connections, and the kernel sends the requests in flight again.
+ * Filesystems on the device see a pause and no error. If the export has grown, the device grows too (Linux 5.10 or later);
+ * then run 'resize2fs /dev/nbd0' or 'xfs_growfs /mnt'. Talks to the kernel by netlink; needs Linux 4.12 or later.
  *
  *   cc -O2 -o nbd-attach nbd-attach.c
  *   modprobe nbd && ./nbd-attach 192.0.2.1:10809 disk /dev/nbd0 && mount /dev/nbd0 /mnt
@@ -59,7 +59,7 @@ struct export {
 	uint32_t min_block;
 };
 
-/* One that the kernel has, too. The server answers on it for the size that the export had when it was opened. */
+/* A connection that the kernel has, too. `size`: of the export when it was opened; the server keeps to it here. */
 struct connection {
 	int socket;
 	uint64_t size;
@@ -191,7 +191,7 @@ failed:
 	return -1;
 }
 
-/* Everything of a negotiation up to the first request; simple replies only, the kernel knows no others. */
+/* The negotiation up to the first request. Simple replies only: the kernel supports no others. */
 static bool negotiate(int fd, const char *name, struct export *export)
 {
 	struct __attribute__((packed)) {
@@ -205,7 +205,7 @@ static bool negotiate(int fd, const char *name, struct export *export)
 	if (!receive(fd, &hello, sizeof(hello)))
 		return false;
 	if (be64toh(hello.init) != INIT_MAGIC || be64toh(hello.option) != OPTION_MAGIC) {
-		say("what answers there is no NBD server with the newstyle handshake");
+		say("the server there does not speak NBD's newstyle handshake");
 		return false;
 	}
 	const uint16_t server = be16toh(hello.flags);
@@ -240,7 +240,7 @@ static bool negotiate(int fd, const char *name, struct export *export)
 			return false;
 		const uint32_t type = be32toh(reply.type), length = be32toh(reply.length);
 		if (be64toh(reply.magic) != OPTION_REPLY_MAGIC || be32toh(reply.option) != OPTION_GO || length > MAX_REPLY) {
-			say("the server's answer makes no sense");
+			say("the server's answer is invalid");
 			return false;
 		}
 		if (!receive(fd, data, length))
@@ -276,7 +276,7 @@ static bool negotiate(int fd, const char *name, struct export *export)
 	}
 }
 
-/* A connection that is ready for the kernel, or -1 after a line that says why not. */
+/* A connection that is ready for the kernel, or -1 after an error line. */
 static int open_export(const char *address, const char *name, struct export *export)
 {
 	const struct timeval for_ever = {0};
@@ -293,7 +293,7 @@ static int open_export(const char *address, const char *name, struct export *exp
 	return fd;
 }
 
-/* Close a connection that the kernel does not have, in good order: one that breaks off looks to a server like a lost client. */
+/* Disconnect in order a connection that the kernel does not have: otherwise the server takes it for a lost client. */
 static void leave(int fd)
 {
 	const struct nbd_request goodbye = {.magic = htobe32(NBD_REQUEST_MAGIC), .type = htobe32(NBD_CMD_DISC)};
@@ -308,7 +308,7 @@ static void leave_all(const struct connection *connections, int count)
 		leave(connections[n].socket);
 }
 
-/* What all connections can do: a request behind that would be refused on some of them. */
+/* The size that all connections accept: a request behind it would be refused on some of them. */
 static uint64_t smallest_size(const struct connection *connections, int count)
 {
 	uint64_t size = UINT64_MAX;
@@ -376,7 +376,7 @@ static void add_u64(struct message *message, uint16_t type, uint64_t value)
 	add(message, type, &value, sizeof(value));
 }
 
-/* What was added since `nest` is inside it. */
+/* Close the attribute `nest` around everything that was added since. */
 static void end_nest(struct message *message, struct nlattr *nest)
 {
 	nest->nla_type |= NLA_F_NESTED;
@@ -428,7 +428,7 @@ static const struct nlattr *attribute_of(const struct nlmsghdr *header, uint16_t
 	return find(start, header->nlmsg_len - NLMSG_LENGTH(GENL_HDRLEN), type);
 }
 
-/* Send, and wait for the kernel's verdict: 0 or a negative errno. What else it answers is left in `answer`, if given. */
+/* Send, and wait for the kernel's result: 0 or a negative errno. Other answers are left in `answer`, if given. */
 static int ask(int netlink, struct message *message, struct message *answer)
 {
 	if (send(netlink, message, message->header.nlmsg_len, 0) < 0)
@@ -465,7 +465,7 @@ static int open_netlink(void)
 	return fd;
 }
 
-/* The number that the nbd family has on this machine, and that of the group that hears of dead connections. */
+/* The number of the nbd family on this machine, and that of the multicast group for dead connections. */
 static uint16_t find_family(int netlink, uint32_t *group)
 {
 	struct message message, answer;
@@ -490,7 +490,7 @@ static uint16_t find_family(int netlink, uint32_t *group)
 			memcpy(group, value_of(number), sizeof(*group));
 	}
 	if (*group == 0) {
-		say("the kernel's nbd does not tell of dead connections; Linux 4.12 or later is needed");
+		say("the kernel's nbd does not report dead connections; Linux 4.12 or later is needed");
 		exit(1);
 	}
 	uint16_t family;
@@ -498,7 +498,7 @@ static uint16_t find_family(int netlink, uint32_t *group)
 	return family;
 }
 
-/* How many connections of device `index` have died, by what the kernel has told since. `all` if it told too much to hear. */
+/* How many connections of device `index` the kernel has reported dead since the last call. `all` if reports were lost. */
 static int count_dead(int events, uint16_t family, uint32_t index, int all)
 {
 	int dead = 0;
@@ -526,7 +526,7 @@ static int count_dead(int events, uint16_t family, uint32_t index, int all)
 	}
 }
 
-/* ---- the whole ---- */
+/* ---- the program ---- */
 
 static long number(const char *text, long low, long high, char option)
 {
@@ -554,7 +554,7 @@ static _Noreturn void usage(int code)
 	exit(code);
 }
 
-/* A number from the device's directory in sysfs, the first of the file or the sum of all. */
+/* A number from a file in the device's sysfs directory: the first, or the sum of all. */
 static bool look_up(uint32_t index, const char *file, bool sum, uint64_t *value)
 {
 	char path[64];
@@ -571,7 +571,7 @@ static bool look_up(uint32_t index, const char *file, bool sum, uint64_t *value)
 	return found;
 }
 
-/* Attached, and by us: who attached it, says the kernel. Somebody may have detached it and attached another export since. */
+/* Attached, and by us, as the kernel reports: another process may have detached it and attached another export since. */
 static bool is_attached(uint32_t index, uint64_t attacher)
 {
 	uint64_t found;
@@ -591,8 +591,8 @@ static bool kernel_can_grow(void)
 }
 
 /*
- * Tell the kernel that the device is larger now. By itself, and when nothing is under way: since Linux 6.9 the kernel waits
- * with this until all requests are answered, and takes no new connection meanwhile.
+ * Tell the kernel the new, larger size. Not together with new connections, and with no request in flight: since Linux 6.9 the
+ * kernel waits here until all requests are answered, and takes no new connection meanwhile.
  */
 static bool grow(int netlink, uint16_t family, uint32_t index, uint64_t size)
 {
@@ -620,7 +620,7 @@ static bool grow(int netlink, uint16_t family, uint32_t index, uint64_t size)
 	return true;
 }
 
-/* Unless it is of one who has attached the device since. */
+/* Unless another process has attached the device since and written its own. */
 static void remove_pid_file(const char *path)
 {
 	int pid = 0;
@@ -701,7 +701,7 @@ int main(int count_of_arguments, char **arguments)
 	if (block == 0)
 		block = export.min_block > MIN_BLOCK_SIZE ? (int)export.min_block : MIN_BLOCK_SIZE;
 	if ((uint32_t)block < export.min_block || block > MAX_BLOCK_SIZE || size % (uint64_t)block != 0) {
-		say("blocks of %d bytes do not go with '%s': %llu bytes, at least %u a block", block, name,
+		say("blocks of %d bytes do not fit '%s': %llu bytes, at least %u a block", block, name,
 		    (unsigned long long)size, export.min_block);
 		leave_all(connections, wanted);
 		return 1;
@@ -836,7 +836,7 @@ int main(int count_of_arguments, char **arguments)
 	int in_use = open(node, O_RDONLY | O_EXCL | O_CLOEXEC);
 	remove_pid_file(pid_file);
 	if (in_use < 0 && errno == EBUSY) {
-		say("is in use and stays attached, with nobody to connect it again; unmount it and run 'nbd-client -d %s'", node);
+		say("is in use and stays attached, but will not be reconnected; unmount it and run 'nbd-client -d %s'", node);
 		return 1;
 	}
 	if (in_use >= 0)

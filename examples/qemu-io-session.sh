@@ -11,13 +11,13 @@ say "1. A 1 GiB disk, served"
 serve --create disk:1G
 cat "$work/ready"
 
-say "2. Write a pattern to the first 16 MiB, and another into the middle of it"
+say "2. Write a pattern to the first 16 MiB, and another pattern into the middle of it"
 show qemu-io -f raw -c 'write -P 0x11 0 16M' -c 'write -P 0x22 5M 64k' -c flush "$(uri disk)"
 
-say "3. A snapshot; qemu need not know"
+say "3. Take a snapshot; qemu is not involved"
 show sheepgate vdi snapshot disk before
 
-say "4. Overwrite it all"
+say "4. Overwrite all of it"
 show qemu-io -f raw -c 'write -P 0x33 0 16M' -c 'discard 12M 4M' -c flush "$(uri disk)"
 
 say "5. The disk has the new patterns, the snapshot the old ones (qemu-io compares every byte)"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The files of a disk in use, copied out with rsync, without root: nbdfuse shows NAME@now as a file, fuse2fs mounts the ext4
-# filesystem in it, and when both are unmounted the snapshot is gone. Root without fuse2fs can mount through a loop device.
+# Copies the files of a disk in use with rsync, without root: nbdfuse shows NAME@now as a file, and fuse2fs mounts the ext4
+# filesystem in it. The snapshot ends when both are unmounted. Root can use a loop device instead of fuse2fs.
 #
 #   sh examples/rsync-from-snapshot.sh
 set -eu
@@ -9,16 +9,16 @@ needs="mkfs.ext4 nbdfuse fusermount3 rsync diff mountpoint"
 . "$(dirname "$0")/scratch-daemon.inc"
 
 if [ ! -e /dev/fuse ]; then
-  echo "$0: there is no /dev/fuse, without which nbdfuse cannot show an export as a file" >&2
+  echo "$0: there is no /dev/fuse, which nbdfuse needs to show an export as a file" >&2
   exit 3
 fi
-# Whoever may use loop devices has the kernel read the filesystem, which is faster.
+# Without fuse2fs, root mounts through a loop device.
 if command -v fuse2fs >/dev/null 2>&1; then
   how=fuse2fs
 elif [ "$(id -u)" -eq 0 ] && losetup -f >/dev/null 2>&1; then
   how=loop
 else
-  echo "$0: fuse2fs is missing, and loop devices are for root; 'sh test/install.sh' installs it" >&2
+  echo "$0: fuse2fs is missing, and only root can use loop devices; 'sh test/install.sh' installs fuse2fs" >&2
   exit 3
 fi
 
@@ -32,7 +32,7 @@ rm "$work/disk.img"
 serve
 
 say "2. disk@now as a file: the snapshot is taken when nbdfuse opens it"
-# nbdfuse never connects again by itself, so it needs no label; and it says no goodbye, but its process is gone with it.
+# nbdfuse never reconnects, so it needs no label. It does not send NBD_CMD_DISC, but the end of its process ends the snapshot.
 image="$work/now.img"
 mounted="$work/mounted"
 mkdir "$mounted"
@@ -79,13 +79,13 @@ else
   wait_for is_mounted
 fi
 
-say "4. rsync; a second run of it would copy only what has changed since"
+say "4. Copy with rsync; a second run would copy only what has changed"
 mkdir "$work/backup"
 show rsync -a --delete --exclude=/lost+found "$mounted/" "$work/backup/"
 diff -r "$work/files" "$work/backup"
 echo "$(find "$work/backup" -type f | wc -l) files, all identical"
 
-say "5. Unmount, and the snapshot is gone"
+say "5. Unmount: the snapshot ends"
 release
 only_disk() { [ "$(sheepgate vdi list | tail -n +2 | wc -l)" -eq 1 ]; }
 wait_for only_disk

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A snapshot of a disk that is being written, copied out while the writing goes on, then deleted: its space comes back.
+# Takes a snapshot of a disk that is being written, copies it while the writer continues, and deletes it, which frees its space.
 #
 #   sh examples/snapshot-while-writing.sh
 set -eu
@@ -21,7 +21,7 @@ echo "a writer has made $(writes) writes; the store has $((full / 1024)) MiB"
 say "2. Take a snapshot"
 show sheepgate vdi snapshot disk monday
 
-say "3. Copy it out; the writer goes on"
+say "3. Copy it; the writer continues"
 before=$(writes)
 show nbdcopy "$(uri disk@monday)" "$work/monday.img"
 went_on() { [ "$(writes)" -gt "$before" ]; }
@@ -31,16 +31,16 @@ show nbdcopy "$(uri disk@monday)" "$work/again.img"
 cmp "$work/monday.img" "$work/again.img"
 echo "the writer has made $(($(writes) - before)) writes meanwhile, and the snapshot is still the same"
 
-say "4. What the snapshot costs: the old version of what was overwritten"
+say "4. The cost of the snapshot: it keeps the old version of overwritten data"
 is_doubled() { [ "$(used_kib)" -gt $((full * 19 / 10)) ]; }
 wait_for is_doubled
 sheepgate vdi list
 echo "the store has $(($(used_kib) / 1024)) MiB"
 
-say "5. Delete it: the space comes back, and writes are in place again"
+say "5. Delete it: the space is freed, and writes are in place again"
 show sheepgate vdi delete disk@monday
 is_back() { [ "$(used_kib)" -lt $((full * 11 / 10)) ]; }
 wait_for is_back
 before=$(writes)
 wait_for went_on
-echo "the store has $(($(used_kib) / 1024)) MiB, and the writer goes on"
+echo "the store has $(($(used_kib) / 1024)) MiB, and the writer continues"

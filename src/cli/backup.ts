@@ -1,4 +1,4 @@
-/** `sheepgate backup`: backs a VDI up, in use or not, to a directory of backups or to an image that is kept up to date. */
+/** `sheepgate backup`: backs up a VDI, in use or not, to a directory of backups or to an image that each run updates. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { holdingOwner } from '../jobs/backup/hold-owner.js';
 import { takeBackup, type Taken } from '../jobs/backup/take-backup.js';
@@ -23,8 +23,8 @@ interface BackupOptions extends CommonOptions, FreezeOptions {
 }
 
 const HELP = `
---to names a directory, which holds backups as qcow2 files, or a raw image (a name that ends in .img or .raw), which is
-brought up to date. The first backup is full; later ones hold what has changed. A snapshot of the VDI is kept for that.
+--to names a directory for backups in qcow2 files, or a raw image (a name that ends in .img or .raw) that each run updates.
+The first backup is full, later ones hold only changes. A snapshot of the VDI is kept, so that the next run finds the changes.
 
 Examples:
   sheepgate backup vm1 --to /backup/vm1 --keep 7
@@ -33,22 +33,22 @@ Examples:
 
 export function backupCommand(): Command {
   const command = new Command('backup')
-    .description('back a VDI up, in use or not: all of it the first time, then what has changed')
+    .description('back up a VDI, which may be in use: first all of it, then only what has changed')
     .argument('<name>', 'name of the VDI')
-    .requiredOption('--to <target>', 'directory for backups of this VDI, or raw image')
+    .requiredOption('--to <target>', 'directory for the backups of this VDI, or a raw image')
     .addOption(
-      new Option('--keep <count>', 'backups to keep in a directory, the newest ones (default: all)').argParser(
+      new Option('--keep <count>', 'keep only this many backups in the directory, the newest (default: all)').argParser(
         (text) => {
-          if (!/^[1-9]\d{0,5}$/.test(text)) throw new InvalidArgumentError('It must be a whole number from 1 on.');
+          if (!/^[1-9]\d{0,5}$/.test(text)) throw new InvalidArgumentError('It must be a whole number, 1 or more.');
           return Number(text);
         },
       ),
     )
-    .option('--full', 'begin anew with a full backup')
-    .addOption(new Option('--compare', 'find what has changed by reading all of the VDI').conflicts('full'))
-    .option('--no-base', 'keep no snapshot of the VDI: the next backup has to read all of it')
-    .option('--no-verify', 'do not read back what was written')
-    .option('--sha256', 'compute the SHA-256 of the whole image, its zeros too, and keep it with the backup')
+    .option('--full', 'start again with a full backup')
+    .addOption(new Option('--compare', 'find the changes by reading all of the VDI').conflicts('full'))
+    .option('--no-base', 'keep no snapshot of the VDI; the next backup must read all of it')
+    .option('--no-verify', 'do not read back and verify what was written')
+    .option('--sha256', 'store the SHA-256 of the whole image with the backup (hashes its zeros too)')
     .addHelpText('after', HELP);
   return withFreezeOptions(withCommonOptions(command)).action(async (name: string, options: BackupOptions) => {
     const startedAt = performance.now();
@@ -94,7 +94,7 @@ export function backupCommand(): Command {
 function withAdvice(error: unknown, options: BackupOptions): unknown {
   const expected = asOperationError(error);
   if (expected?.code !== 'READ_ONLY' || !options.base) return error;
-  return new OperationError('READ_ONLY', `${expected.message}; --no-base backs up without a snapshot that stays`);
+  return new OperationError('READ_ONLY', `${expected.message}; --no-base backs up without keeping a snapshot`);
 }
 
 function print(

@@ -52,7 +52,7 @@ async function readAll(location: string, options: CheckOptions, signal: AbortSig
 
 function summary({ vdis, objects, bytesRead, problems, stoppedBy }: DeepReport): string {
   const read = `${vdis} VDIs and snapshots, ${objects} objects, ${formatSize(bytesRead)} read from their nodes`;
-  return `${read}, ${problems.length} problems${stoppedBy ? '; not all was read' : ''}`;
+  return `${read}, ${problems.length} problems${stoppedBy ? '; not everything was read' : ''}`;
 }
 
 /** Errors: BAD_USAGE (a local store). */
@@ -67,7 +67,7 @@ async function clusterOf(options: CheckOptions): Promise<string> {
   }
   throw new OperationError(
     'BAD_USAGE',
-    '--deep compares the copies that the nodes of a cluster have, and a local store has one of everything: check without ' +
-      "--deep compares it with its maps, and 'sheepgate export NAME /dev/null' shows whether the disk gives all of it",
+    '--deep compares the copies on the nodes of a cluster, and a local store has no copies; check without --deep compares ' +
+      "its objects with its maps, and 'sheepgate export NAME /dev/null' shows whether all data can be read",
   );
 }

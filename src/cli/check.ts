@@ -5,13 +5,13 @@ import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } f
 import { endedJson, endedLines, printJson, printLine } from './output.js';
 import { formatSize } from '../text/size.js';
 
-/** At a lower rate a check would not come to an end. */
+/** At a lower rate, a check would take too long to be useful. */
 const MIN_RATE = 2 ** 20;
 const MAX_SETTLE_SECONDS = 3600;
 
 const HELP = `
---deep is for clusters. It needs no client to be disconnected and asks no daemon: it reads every copy of every object, and
-every strip of erasure-coded ones, from the node that should have it, and lists what differs, is missing or is lost.
+--deep is for clusters. It reads every copy of every object, and every strip of erasure-coded objects, from the node that
+should have it, and lists objects that differ, are missing or are lost. Clients may stay connected, and no daemon is needed.
 
 Examples:
   sheepgate check --repair
@@ -28,19 +28,20 @@ export interface CheckOptions extends CommonOptions {
 export function checkCommand(): Command {
   const command = new Command('check')
     .description(
-      'check the store; exits with 1 if there are problems left. All clients must be disconnected, except with --deep',
+      'check the store; exits with 1 if problems remain. All clients must be disconnected, except with --deep',
     )
-    .option('--repair', 'remove what no VDI refers to; lost data stays lost')
-    .addOption(new Option('--deep', 'clusters: compare all copies and strips, beside clients').conflicts('repair'))
+    .option('--repair', 'delete objects that no VDI refers to; does not bring lost data back')
+    .addOption(new Option('--deep', 'clusters: compare all copies and strips, while clients work').conflicts('repair'))
     .addOption(
-      new Option('--rate <size>', 'with --deep: bytes to read in a second, of all nodes (default: 64M)').argParser(
-        rate,
-      ),
+      new Option(
+        '--rate <size>',
+        'with --deep: bytes to read per second from all nodes together (default: 64M)',
+      ).argParser(rate),
     )
     .addOption(
       new Option(
         '--settle <seconds>',
-        'with --deep: how long something must be wrong, since clients write meanwhile (default: 10)',
+        'with --deep: report a difference only if it lasts this long, since clients may be writing (default: 10)',
       ).argParser(seconds),
     )
     .addHelpText('after', HELP);
@@ -68,7 +69,7 @@ export function checkCommand(): Command {
     if (report.repaired > 0) printLine(`repaired ${report.repaired}, freed ${formatSize(report.orphanBytes)}`);
     else if (report.orphans > 0) {
       printLine(
-        `${report.orphans} objects (${formatSize(report.orphanBytes)}) belong to nobody; --repair removes them`,
+        `${report.orphans} objects (${formatSize(report.orphanBytes)}) are not referred to by any VDI; --repair deletes them`,
       );
     }
   });
@@ -76,14 +77,14 @@ export function checkCommand(): Command {
 
 function rate(text: string): number {
   const bytes = sizeArgument(text);
-  if (bytes < MIN_RATE) throw new InvalidArgumentError('at least 1M a second.');
+  if (bytes < MIN_RATE) throw new InvalidArgumentError('It must be at least 1M.');
   return bytes;
 }
 
 function seconds(text: string): number {
   const value = Number(text);
   if (!/^\d{1,4}(\.\d{1,3})?$/.test(text) || value > MAX_SETTLE_SECONDS) {
-    throw new InvalidArgumentError(`a number of seconds, ${MAX_SETTLE_SECONDS} at most.`);
+    throw new InvalidArgumentError(`It must be 0 to ${MAX_SETTLE_SECONDS}.`);
   }
   return value;
 }

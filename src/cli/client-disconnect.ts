@@ -9,9 +9,9 @@ import { clientJson } from './client-list.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine } from './output.js';
 
-/** Clients that reconnect do so at once or after some seconds: this gives another client the time to come first. */
+/** Clients reconnect at once or after some seconds: this gives another client time to come first. */
 const DEFAULT_KEEP_OUT_S = 60;
-/** Each takes a control connection, of which there are few; a client may have hundreds of connections to cut off. */
+/** Each uses a control connection, and their number is limited; a client may have hundreds of connections to cut off. */
 const AT_A_TIME = 16;
 
 interface DisconnectOptions extends CommonOptions {
@@ -20,19 +20,19 @@ interface DisconnectOptions extends CommonOptions {
 
 export function clientDisconnectCommand(): Command {
   const command = new Command('disconnect')
-    .description('cut connections of NBD clients off')
-    .argument('<id...>', "numbers of connections, from 'sheepgate client list'", idArgument)
+    .description('disconnect NBD clients, and keep them from writing for a while')
+    .argument('<id...>', "IDs of connections, from 'sheepgate client list'", idArgument)
     .addOption(
       new Option(
         '--keep-out <seconds>',
-        `how long the client may not open the same disk to write, if it could write it; 0: it may at once (default: ${DEFAULT_KEEP_OUT_S})`,
+        `how long the client may not open the disk for writing again, if it could write it; 0: it may at once (default: ${DEFAULT_KEEP_OUT_S})`,
       ).argParser(secondsArgument),
     )
     .addHelpText(
       'after',
-      '\nRequests that the daemon works on are finished, the rest of what the client has sent is thrown away, and then the command\n' +
-        'ends: nothing that came over the connection has an effect any more, and somebody else may write. The client is not told;\n' +
-        'most connect again by themselves.\n\nExample:\n  sheepgate client disconnect 12',
+      '\nThe daemon finishes the requests in flight and discards the rest; then the command ends. From then on, nothing that came\n' +
+        'over the connection can have an effect, and another client may write. The client gets no message; most clients\n' +
+        'reconnect by themselves.\n\nExample:\n  sheepgate client disconnect 12',
     );
   return withCommonOptions(command).action(async (ids: readonly number[], options: DisconnectOptions) => {
     const keepOutMs = (options.keepOut ?? DEFAULT_KEEP_OUT_S) * 1000;
@@ -57,7 +57,7 @@ export function clientDisconnectCommand(): Command {
     const which = late.map(({ connection, inFlight }) => `${connection.id} (${inFlight})`).join(', ');
     throw new OperationError(
       'NOT_OVER',
-      `requests of ${which} are still under way, and may still have an effect; see whether the disk of the store is stuck`,
+      `requests of ${which} are still in flight, and may still have an effect; check whether the disk of the store is stuck`,
     );
   });
 }
@@ -66,11 +66,12 @@ function textOf({ connection, isOver }: Disconnected): string {
   const { id, client, peer } = connection;
   const what = connection.export === null ? '' : ` from ${connection.export}`;
   const who = `connection ${id} of ${client ?? peer}${what}`;
-  return isOver ? `cut off ${who}` : `${who} gets no further, but is not over`;
+  return isOver ? `cut off ${who}` : `${who} is cut off, but has requests in flight`;
 }
 
 function idArgument(text: string, before: readonly number[] = []): number[] {
-  if (!/^\d{1,15}$/.test(text)) throw new InvalidArgumentError(`"${text}" is no number of a connection.`);
+  if (!/^\d{1,15}$/.test(text))
+    throw new InvalidArgumentError(`"${text}" is not the ID of a connection; 'sheepgate client list' shows them.`);
   return [...before, Number(text)];
 }
 

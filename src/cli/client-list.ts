@@ -12,8 +12,8 @@ export function clientListCommand(): Command {
     .description('list the connections of NBD clients')
     .addHelpText(
       'after',
-      '\nACCESS is what the connection may do: read-only, read-write, or exclusive, when nobody else may write the disk. A client with\n' +
-        'several connections is there several times. Without a daemon there are none.\n\nExample:\n  sheepgate client list',
+      '\nACCESS is read-only, read-write, or exclusive (no other client may write the disk). A client with several connections has\n' +
+        'several lines. Without a daemon there are no clients.\n\nExample:\n  sheepgate client list',
     );
   return withCommonOptions(command).action(async (options: CommonOptions) => {
     const { clients, isDaemon } = await withOperations(options, async (operations) => ({

@@ -9,6 +9,6 @@ const COMMANDS: Loaders = {
 
 /** `words`: what follows `client` on the command line. */
 export async function clientCommand(words: readonly string[]): Promise<Command> {
-  const command = new Command('client').description('list the NBD clients of a daemon, and cut them off');
+  const command = new Command('client').description('list and disconnect the NBD clients of a daemon');
   return addCommands(command, COMMANDS, words);
 }

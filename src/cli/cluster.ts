@@ -21,26 +21,26 @@ const DEFAULT_EPOCHS = 10;
 const MAX_EPOCHS = 1000;
 
 export function clusterCommand(): Command {
-  return new Command('cluster').description('look at a Sheepdog cluster').addCommand(infoCommand());
+  return new Command('cluster').description('show the state of a Sheepdog cluster').addCommand(infoCommand());
 }
 
 export function nodeCommand(): Command {
-  return new Command('node').description("look at a Sheepdog cluster's nodes").addCommand(listCommand());
+  return new Command('node').description("list a Sheepdog cluster's nodes").addCommand(listCommand());
 }
 
 const INFO_HELP = `
-An epoch is the time from one change of the members to the next. "left" are nodes that were members in the epochs shown, and are
-none now. "recovery" are objects that nodes have put in their places since the members changed; while it runs, some objects have
-fewer copies than they should.
+An epoch lasts from one change of the members to the next. "left" lists nodes that were members in one of the epochs shown,
+and no longer are. "recovery" counts the objects that the nodes have restored since the members changed; while it runs, some
+objects have fewer copies than they should.
 
 Example:
   sheepgate cluster info --cluster node1`;
 
 function infoCommand(): Command {
   const command = new Command('info')
-    .description('show the state of the cluster: its members and their changes, space, recovery')
+    .description('show the state of the cluster: members and their changes, space, recovery')
     .addOption(
-      new Option('--epochs <count>', `changes of the members to show, up to ${MAX_EPOCHS}`)
+      new Option('--epochs <count>', `number of epochs to show, up to ${MAX_EPOCHS}`)
         .argParser(epochCount)
         .default(DEFAULT_EPOCHS),
     )
@@ -58,8 +58,12 @@ function infoCommand(): Command {
 }
 
 const LIST_HELP = `
-STATE: ok; recovering, with the objects that it has dealt with, of those that it should have; waiting: the cluster does not serve;
-silent: it takes connections and does not answer; unreachable from here, which does not say that the other nodes cannot reach it.
+STATE is one of
+  ok
+  recovering   with the number of objects that are done, of all that the node should have
+  waiting      the cluster does not serve
+  silent       the node accepts connections but does not answer
+  unreachable  from this machine; other nodes may still reach it
 
 Example:
   sheepgate node list --cluster node1`;
@@ -86,7 +90,7 @@ function listCommand(): Command {
 
 function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
   if (options.cluster === undefined) {
-    throw new OperationError('NO_CLUSTER', 'which cluster? give --cluster HOST[:PORT]');
+    throw new OperationError('NO_CLUSTER', 'no cluster is named; give --cluster HOST[:PORT]');
   }
   return readClusterReport(options.cluster, { epochs });
 }
@@ -123,7 +127,7 @@ function infoLines(state: ClusterReport): [string, string][] {
     ...left.map(({ node, epoch, since }): [string, string] => [
       'left',
       epoch === 0
-        ? `${node}, ${isWaiting ? 'which is waited for' : 'at this moment'}`
+        ? `${node}, ${isWaiting ? 'the cluster waits for it' : 'just now'}`
         : `${node}, with epoch ${epoch}, ${formatTime(since)}`,
     ]),
     ...nodes
@@ -134,8 +138,9 @@ function infoLines(state: ClusterReport): [string, string][] {
 
 function spaceText(nodes: readonly NodeState[]): string {
   const { size, free, unknown } = spaceOf(nodes);
-  if (size === null || free === null) return 'not known, no node says';
-  const besides = unknown === 0 ? '' : `, without ${unknown} node${unknown === 1 ? ' that does' : 's that do'} not say`;
+  if (size === null || free === null) return 'unknown, no node reports it';
+  const besides =
+    unknown === 0 ? '' : `, without ${unknown} node${unknown === 1 ? ' that does' : 's that do'} not report it`;
   return `${formatSize(size - free)} used of ${formatSize(size)}, ${formatSize(free)} free${besides}`;
 }
 
@@ -161,7 +166,7 @@ function recoveryText({ nodes, isRecoveryDisabled }: ClusterReport): string {
   const disabled = isRecoveryDisabled
     ? "; disabled for later changes of the members ('dog cluster recover disable')"
     : '';
-  const besides = unknown === 0 ? '' : `; ${unknown} node${unknown === 1 ? ' does' : 's do'} not say`;
+  const besides = unknown === 0 ? '' : `; ${unknown} node${unknown === 1 ? ' does' : 's do'} not report it`;
   if (recovering.length === 0) return `none is running${besides}${disabled}`;
   return `running on ${recovering.length} of ${nodes.length} nodes: ${progressText(totalOf(recovering))}${besides}${disabled}`;
 }

@@ -14,7 +14,7 @@ import { parseSize, SizeError } from '../text/size.js';
 
 export interface CommonOptions {
   readonly store?: string;
-  /** Its location. */
+  /** The location of a cluster. */
   readonly cluster?: string;
   readonly control?: string;
   readonly json?: boolean;
@@ -42,9 +42,12 @@ export function withCommonOptions(command: Command): Command {
     .option('--json', 'print JSON');
 }
 
-/** --force, of commands that replace or remove something. */
+/** --force, for commands that replace or delete a VDI or snapshot. */
 export function forceOption(): Option {
-  return new Option('--force', 'also if a client that was cut off from it may come back: it will not');
+  return new Option(
+    '--force',
+    'act even if a disconnected client may still come back and use it; make sure that it will not',
+  );
 }
 
 function notEmpty(option: string, what: string): (value: string) => string {
@@ -78,7 +81,10 @@ export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = pro
   const control = options.control ?? ((options.store === undefined && env.SHEEPGATE_CONTROL) || undefined);
   const store = path.resolve(given ?? defaultStore(env));
   if (fs.statSync(store, { throwIfNoEntry: false })?.isDirectory() === false) {
-    throw new OperationError('NO_STORE', `${store} is not a directory, so it is no store; --store DIR names another`);
+    throw new OperationError(
+      'NO_STORE',
+      `${store} is not a directory, so it cannot be a store; give another one with --store DIR`,
+    );
   }
   return { store, isStoreGiven: given !== undefined, control };
 }

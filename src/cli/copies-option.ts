@@ -10,7 +10,7 @@ export interface CopiesOption {
 export function copiesOption(): Option {
   return new Option(
     '--copies <copies>',
-    `of a cluster: ${REDUNDANCY_HELP} (default: what the cluster was formatted with)`,
+    `in a cluster: ${REDUNDANCY_HELP} (default: as the cluster was formatted)`,
   ).argParser((text) => {
     const redundancy = parseRedundancy(text);
     if (!redundancy) throw new InvalidArgumentError(`Give ${REDUNDANCY_HELP}.`);

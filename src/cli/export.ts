@@ -12,8 +12,8 @@ import { onStderr } from './reporting.js';
 import { formatSize } from '../text/size.js';
 
 const HELP = `
-A file that exists is replaced with --force, when the new one is whole; a symbolic link is followed to what it leads to.
-Below /dev, /proc and /sys only devices, fifos and stdout are written to.
+--force replaces an existing file when the new image is complete; the old one stays until then. Symbolic links are followed.
+Below /dev, /proc and /sys, only devices, fifos and stdout are accepted.
 
 Examples:
   sheepgate export vm1@now vm1.img
@@ -28,14 +28,14 @@ interface ExportOptions extends CommonOptions {
 export function exportCommand(): Command {
   const command = new Command('export')
     .description('copy a VDI or snapshot into a raw image; zeros become holes')
-    .argument('<vdi>', 'NAME, NAME@TAG, @ID, or NAME@now for a snapshot that lasts as long as the copying')
+    .argument('<vdi>', 'NAME, NAME@TAG, @ID, or NAME@now for a temporary snapshot during the export')
     .argument('<file>', 'file, block device, or - for stdout')
-    .option('--force', 'replace an existing file, overwrite a device that holds something')
+    .option('--force', 'replace an existing file, or overwrite a device that holds data')
     .addOption(missingOption())
     .addHelpText('after', HELP);
   return withCommonOptions(command).action(async (spec: string, file: string, options: ExportOptions) => {
     if (options.json && isStdout(file)) {
-      throw new OperationError('BAD_USAGE', '--json and the image cannot both go to stdout; leave --json out');
+      throw new OperationError('BAD_USAGE', '--json and the image cannot both go to stdout; leave out --json');
     }
     const startedAt = performance.now();
     const { size, copied } = await interruptible((signal) =>

@@ -3,7 +3,7 @@ import { InvalidArgumentError, Option, type Command } from 'commander';
 import type { Freezing } from '../jobs/freeze.js';
 import { OperationError } from '../operations/operations.js';
 
-/** A guest that is frozen for longer has its users call: nothing that we do meanwhile takes as much. */
+/** Far longer than any snapshot takes. A guest that is frozen for longer is an outage for its users. */
 const DEFAULT_TIMEOUT_S = 30;
 const MAX_TIMEOUT_S = 3600;
 
@@ -15,12 +15,12 @@ export interface FreezeOptions {
 
 export function withFreezeOptions(command: Command): Command {
   return command
-    .option('--freeze-cmd <command>', 'run by sh before the snapshot is taken; if it fails, none is')
-    .option('--thaw-cmd <command>', 'run by sh after it, whatever happened')
+    .option('--freeze-cmd <command>', 'shell command to run before the snapshot; if it fails, no snapshot is taken')
+    .option('--thaw-cmd <command>', 'shell command to run after the snapshot, also if the snapshot failed')
     .addOption(
       new Option(
         '--freeze-timeout <seconds>',
-        `thaw after this long in any case (default: ${DEFAULT_TIMEOUT_S}); a snapshot that was not taken by then fails`,
+        `thaw after this time in any case (default: ${DEFAULT_TIMEOUT_S}); the command fails if the snapshot is not taken by then`,
       ).argParser((text) => {
         const seconds = Number(text);
         if (!(seconds > 0 && seconds <= MAX_TIMEOUT_S)) {
@@ -34,11 +34,11 @@ export function withFreezeOptions(command: Command): Command {
 /** Undefined if nothing is to be frozen. Errors: BAD_USAGE. */
 export function freezingOf({ freezeCmd, thawCmd, freezeTimeout }: FreezeOptions): Freezing | undefined {
   if ((freezeCmd === undefined) !== (thawCmd === undefined)) {
-    throw new OperationError('BAD_USAGE', '--freeze-cmd and --thaw-cmd belong together; give both');
+    throw new OperationError('BAD_USAGE', '--freeze-cmd and --thaw-cmd need each other; give both');
   }
   if (freezeCmd === undefined || thawCmd === undefined) {
     if (freezeTimeout === undefined) return undefined;
-    throw new OperationError('BAD_USAGE', '--freeze-timeout is of no use without --freeze-cmd and --thaw-cmd');
+    throw new OperationError('BAD_USAGE', '--freeze-timeout needs --freeze-cmd and --thaw-cmd');
   }
   return { freezeCommand: freezeCmd, thawCommand: thawCmd, timeoutMs: (freezeTimeout ?? DEFAULT_TIMEOUT_S) * 1000 };
 }

@@ -21,11 +21,12 @@ interface ImportOptions extends CommonOptions, CopiesOption {
 }
 
 const HELP = `
---size of a file makes the VDI larger than the image. From stdin it says how much has to come: the end of a pipe looks the
-same whether its writer has finished or failed, and fewer bytes are an error, after which the VDI stays marked as unfinished.
-The store is opened when the first bytes have come.
+With a file, --size makes the VDI larger than the image. With stdin, --size is the number of bytes that must arrive. A pipe
+ends in the same way whether its writer has finished or failed; with --size, fewer bytes are an error, and the VDI stays
+unfinished. The store is opened when the first bytes have arrived.
 
-Until it is complete the VDI is unfinished: 'vdi list' says so, and nobody can open it. The same command again starts over.
+Until the import is complete, the VDI is unfinished: 'vdi list' shows it as such, and it cannot be opened. The same command
+starts the import again.
 
 Examples:
   sheepgate import disk.img vm1
@@ -33,16 +34,16 @@ Examples:
 
 export function importCommand(): Command {
   const command = new Command('import')
-    .description('make a VDI from a raw disk image; zeros take up no space')
+    .description('create a VDI from a raw disk image; zeros use no space')
     .argument('<file>', 'image file, block device, or - for stdin')
     .argument('<name>', 'name of the VDI')
-    .option('--overwrite', 'write over an existing VDI, which must be large enough')
+    .option('--overwrite', 'overwrite an existing VDI, which must be large enough')
     .addOption(forceOption())
     .option('--raw', 'import the bytes as they are, even if they look like qcow2 or another format')
     .addOption(
       new Option(
         '--size <size>',
-        'size of the new VDI, if larger than the file; from stdin: bytes that must come',
+        'size of the new VDI, if larger than the file; with stdin: bytes that must arrive',
       ).argParser(sizeArgument),
     )
     .addOption(blockSizeShiftOption())
@@ -51,7 +52,7 @@ export function importCommand(): Command {
   return withCommonOptions(command).action(async (file: string, name: string, options: ImportOptions) => {
     const startedAt = performance.now();
     checkName(name);
-    // Before signals are caught: opening a fifo waits for its writer, and nothing but the signal itself ends that.
+    // Before signals are caught: opening a fifo waits for its writer, and only an uncaught signal ends that wait.
     const source = openSource(file, { isRaw: options.raw ?? false, vdi: name });
     try {
       const result = await interruptible((signal) =>
@@ -82,11 +83,13 @@ export function importCommand(): Command {
   });
 }
 
-/** A writer that has failed looks like one that has finished. */
+/** The end of a pipe does not show whether its writer has finished or failed. */
 function noteUnknownLength({ name }: ImageSource, size: number): void {
   const odd =
-    size % SIZE_UNIT === 0 ? '' : `; ${size} bytes are no whole number of sectors, so it was probably cut off there`;
+    size % SIZE_UNIT === 0
+      ? ''
+      : `; ${size} bytes are not a whole number of sectors, so the image is probably incomplete`;
   printNote(
-    `${name} ended after ${size} bytes, and nothing says whether that was all${odd}; --size SIZE makes a short one an error`,
+    `${name} ended after ${size} bytes, and it is not known whether that was all${odd}; with --size, too few bytes are an error`,
   );
 }

@@ -1,5 +1,5 @@
 /**
- * The message if a part of the program cannot be loaded: a native library that was not installed or was built for another system,
+ * The message when a part of the program cannot be loaded: a native library that was not installed or was built for another system,
  * or a file that is gone because another version was installed meanwhile. These are not internal errors.
  */
 
@@ -12,7 +12,7 @@ export function missingPart(error: unknown): string | undefined {
   const reason = String(message).split('\n')[0];
   if (code === 'ERR_DLOPEN_FAILED' || NO_NATIVE_LIBRARY.test(reason ?? '')) {
     return (
-      `a native library cannot be loaded (${reason}); Sheepgate needs Linux on glibc, and its optional dependencies: ` +
+      `a native library cannot be loaded (${reason}); Sheepgate needs Linux with glibc, and its optional dependencies: ` +
       'install it again with npm, without --omit=optional'
     );
   }

@@ -4,10 +4,10 @@
  */
 import type { Command } from 'commander';
 
-/** By name, in the order in which help lists them. `words`: what follows the command's name. */
+/** By name, in the order of the help. `words`: the words after the command's name. */
 export type Loaders = Readonly<Record<string, (words: readonly string[]) => Promise<Command>>>;
 
-/** Add to `parent` the commands that `words`, what follows its name on the command line, can mean. */
+/** Add to `parent` the command that `words` (the words after its name on the command line) call, or all commands. */
 export async function addCommands(parent: Command, loaders: Loaders, words: readonly string[]): Promise<Command> {
   const [name, ...rest] = words;
   const asked = name !== undefined && Object.hasOwn(loaders, name) ? loaders[name] : undefined;

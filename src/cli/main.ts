@@ -39,10 +39,10 @@ const COMMANDS: Loaders = {
 
 const EXAMPLES = `
 Examples:
-  sheepgate serve --create vm1:20G          a thin 20 GiB disk, served until Ctrl-C
-  sheepgate vdi snapshot vm1 monday         also while vm1 is being written
+  sheepgate serve --create vm1:20G          serve a thin 20 GiB disk until Ctrl-C
+  sheepgate vdi snapshot vm1 monday         works while vm1 is in use
   sheepgate export vm1@monday monday.img
-  sheepgate backup vm1 --to /backup/vm1     all of it, then what has changed
+  sheepgate backup vm1 --to /backup/vm1     a full backup first, then only changes
   sheepgate vdi delete vm1@monday`;
 
 async function programme(words: readonly string[]): Promise<Command> {
@@ -90,10 +90,10 @@ function endWith(error: unknown): number {
   return EXIT_FAILED;
 }
 
-/** A store's message about a full disk, with what to do. */
+/** The message of an error. If the disk is full, it also says what to do. */
 function withWayOut({ code, message }: OperationError): string {
   if (!SPACE_CODES.has(code) || message.includes('; ')) return message;
-  return `${message}; make room on that filesystem, or delete VDIs and snapshots that are not needed`;
+  return `${message}; free space on that filesystem, or delete VDIs and snapshots that are not needed`;
 }
 
 function oneLine(text: string): string {
@@ -120,7 +120,7 @@ let isOver = false;
 // Node has nothing left to do, but the command has not ended: that must not look like success.
 process.once('beforeExit', () => {
   if (isOver) return;
-  process.stderr.write('sheepgate: internal error, please report it: the command stopped before its end\n');
+  process.stderr.write('sheepgate: internal error, please report it: the command stopped before it was done\n');
   process.exit(EXIT_FAILED);
 });
 
@@ -133,7 +133,7 @@ async function main(): Promise<void> {
     const code = endWith(error);
     await finish(code);
     isOver = true;
-    // Output that a pipe has not taken yet is written first, except for an interrupted image.
+    // Output that is still buffered for a pipe is written first, except for an interrupted image.
     if (error instanceof InterruptedError) process.exit(code);
     if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));
     else process.exitCode = code;

@@ -31,18 +31,20 @@ interface MigrateOptions extends CopiesOption {
 }
 
 const NOTES = `
-Copies the snapshots of NAME, the oldest first, with their tags and times, and then its present content; what is zeros or
-has not changed since the snapshot before is not copied. Every snapshot is compared by hash before it gets its tag in the
+Copies the snapshots of NAME with their tags and times, the oldest first, and then its current content. Zeros, and data that
+has not changed since the previous snapshot, are not copied. Each snapshot is compared by hash before it gets its tag in the
 target. The source may be in use.
 
-Until it is complete the target is unfinished: 'vdi list' says so, and nobody can open it. After an interruption, whatever it
-was, the same command goes on where it stopped. A NAME in the target that this command did not make is left alone.
+Until the migration is complete, the target is unfinished: 'vdi list' shows it as such, and it cannot be opened. After any
+interruption, the same command continues where it stopped. An existing VDI in the target that this command did not create is
+not touched.
 
 A cluster may have names and tags that are not allowed here, and takes tags that are numbers for ids. A migration with such
-tags is refused with the list of them, before it begins; with --rename-tags the tag x/y of the snapshot @2d6333 becomes
-x_y.id-2d6333. Give it in every run.
+tags is refused before it begins, with a list of the tags. With --rename-tags, the tag x/y of the snapshot @2d6333 becomes
+x_y.id-2d6333; give the option in every run.
 
-To move a disk that is in use: run it with --sync, as often as you like; then stop whoever writes, and run it without.
+To move a disk that is in use: run the command with --sync, once or several times; then stop all writers, and run it without
+--sync.
 
 Examples:
   sheepgate migrate vm1 --from cluster:node1,node2 --to /var/lib/sheepgate
@@ -52,27 +54,36 @@ Examples:
 export function migrateCommand(): Command {
   return new Command('migrate')
     .description('copy a VDI with its snapshots between stores and clusters')
-    .argument('<name>', 'name of the VDI, or @=NAME or @ID for what other tools have made')
+    .argument(
+      '<name>',
+      'name of the VDI, or @=NAME or @ID for VDIs of other tools with names that are not allowed here',
+    )
     .addOption(new Option('--from <place>', LOCATION_SYNTAX).argParser(storeArgument).makeOptionMandatory())
-    .addOption(new Option('--to <place>', 'the same').argParser(storeArgument).makeOptionMandatory())
-    .option('--as <name>', 'its name in the target, if not the same')
-    .option('--rename-tags', 'give snapshots whose tags the target cannot have others, with their IDs')
-    .option('--sync', 'more runs will follow: leave a mark, so that the next one copies what has changed')
+    .addOption(new Option('--to <place>', LOCATION_SYNTAX).argParser(storeArgument).makeOptionMandatory())
+    .option('--as <name>', 'name of the VDI in the target (default: the same name)')
+    .option('--rename-tags', 'replace tags that the target does not allow by tags that contain the ID of the snapshot')
+    .option(
+      '--sync',
+      'do not finish: a later run will copy what has changed since this one (keeps a snapshot of the source)',
+    )
     .addOption(
       new Option(
         '--verify <what>',
-        'all: also what earlier runs copied; changed: only what this one copies; only: compare, and copy nothing',
+        'all: compare everything, also what earlier runs copied; changed: only what this run copies; only: compare, copy nothing',
       )
         .choices(['all', 'changed', 'only'])
         .default('all'),
     )
-    .option('--sha256', 'compute the SHA-256 of the whole images, their zeros too, as sha256sum says it')
+    .option('--sha256', 'print the SHA-256 of each whole image, as sha256sum computes it (hashes zeros too)')
     .addOption(missingOption())
     .addOption(copiesOption())
-    .addOption(blockSizeShiftOption("a cluster's own; in a local store, that of the source"))
+    .addOption(blockSizeShiftOption('in a cluster, as it was formatted; in a local store, as in the source'))
     .addOption(forceOption())
-    .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
-    .option('--to-control <path>', "control socket of the target's daemon")
+    .option(
+      '--from-control <path>',
+      "control socket of the source's daemon, if it is not the default one of that place",
+    )
+    .option('--to-control <path>', "control socket of the target's daemon, if it is not the default one of that place")
     .option('--json', 'print JSON')
     .addHelpText('after', NOTES)
     .action(migrate);
@@ -81,7 +92,7 @@ export function migrateCommand(): Command {
 async function migrate(name: string, options: MigrateOptions): Promise<void> {
   const startedAt = performance.now();
   if (options.sync && options.verify === 'only') {
-    throw new OperationError('BAD_USAGE', '--sync copies, --verify only does not; leave out one of them');
+    throw new OperationError('BAD_USAGE', '--sync copies, but --verify only copies nothing; leave out one of them');
   }
   const { from, to, verify } = options;
   const source: StorePlace = {
@@ -133,10 +144,10 @@ function printResult(
   const header = ['NAME', 'SIZE', 'COPIED', 'COMPARED', 'TREEHASH', ...(hasSha256 ? ['SHA256'] : [])];
   process.stdout.write(table(header, rows, ['SIZE', 'COPIED', 'COMPARED']));
   for (const { tag, renamedFrom } of all) {
-    if (renamedFrom !== undefined) printLine(`${renamedFrom} is ${newName}@${tag} there`);
+    if (renamedFrom !== undefined) printLine(`${renamedFrom} became ${newName}@${tag}`);
   }
   const what = `${name} from ${from} ${verify === 'only' ? 'and' : 'to'} ${newName} in ${to}`;
-  if (verify === 'only') printLine(`compared ${what} in ${seconds.toFixed(1)} s: they are the same`);
+  if (verify === 'only') printLine(`compared ${what} in ${seconds.toFixed(1)} s: they are identical`);
   else printLine(`migrated ${what} in ${seconds.toFixed(1)} s: ${formatSize(copied)} copied, all of it compared`);
   if (!isFinished) printLine(`${newName} is not finished; run it again without --sync to finish it`);
 }

@@ -5,7 +5,7 @@ import type { StoreOptions } from '../store/locations.js';
 export function missingOption(): Option {
   return new Option(
     '--missing <how>',
-    'zero: zeros in place of objects that the cluster has lost, and read-only; only for clusters',
+    'zero: read objects that the cluster has lost as zeros; makes everything read-only; clusters only',
   ).choices(['zero']);
 }
 

@@ -17,7 +17,7 @@ export function printLine(line: string): void {
   process.stdout.write(`${printable(line)}\n`);
 }
 
-/** One line on stderr about something that is not a failure. */
+/** One line on stderr that is not an error. */
 export function printNote(line: string): void {
   process.stderr.write(`sheepgate: note: ${printable(line)}\n`);
 }
@@ -55,13 +55,13 @@ export function formatVid(vid: number): string {
   return vid.toString(16);
 }
 
-/** The spec that finds it, @ID or @=NAME, where that is not its name and tag. */
+/** The spec to use, @ID or @=NAME, if name and tag do not identify it. */
 export function otherSpec(record: VdiRecord): string | undefined {
   const spec = specOf(record);
   return spec === labelOfVdi(record) ? undefined : spec;
 }
 
-/** Its clients, and the temporary snapshots that are kept for clients. Earlier daemons do not report them. */
+/** The clients of a VDI, and the temporary snapshots kept for clients. Earlier daemons do not report them. */
 export function usersOf({ clients = [], kept = [] }: Partial<VdiDetails>): Pick<VdiDetails, 'clients' | 'kept'> {
   return { clients, kept };
 }
@@ -118,7 +118,7 @@ export function damagedJson({ vid, likelyName, isSnapshot, why }: DamagedVdi): o
   };
 }
 
-/** The command that fills it, and since when. */
+/** The command that fills the VDI, and when it began. */
 export function unfinishedJson(unfinished: VdiRecord['unfinished']): object | null {
   return unfinished ? { by: unfinished.by, since: isoTime(unfinished.since) } : null;
 }
@@ -131,7 +131,7 @@ export function endedJson({ ended }: Partial<Ended>): object {
 export function endedLines({ ended }: Partial<Ended>): string[] {
   return (ended ?? []).map(
     ({ spec, takenAt, client, until }) =>
-      `ended ${spec} of ${formatTime(takenAt)}, which was kept for ${client} until ${formatTime(until)}`,
+      `ended ${spec} of ${formatTime(takenAt)}, kept for ${client} until ${formatTime(until)}`,
   );
 }
 

@@ -2,10 +2,10 @@
 import type { Redundancy } from '../store/vdi-record.js';
 import { formatRedundancy, zonesFor } from '../store/redundancy.js';
 
-/** "2" or "erasure code 2:1, 3 strips of which 2 are enough". */
+/** "2" or "erasure code 2:1, any 2 of 3 strips are enough". */
 export function redundancyText(redundancy: Redundancy): string {
   if ('copies' in redundancy) return formatRedundancy(redundancy);
-  return `erasure code ${formatRedundancy(redundancy)}, ${zonesFor(redundancy)} strips of which ${redundancy.dataStrips} are enough`;
+  return `erasure code ${formatRedundancy(redundancy)}, any ${redundancy.dataStrips} of ${zonesFor(redundancy)} strips are enough`;
 }
 
 /** Null for a local store, and from daemons of earlier versions. */

@@ -10,10 +10,10 @@ const RELOAD_TIMEOUT_MS = 30_000;
 
 export function reloadCommand(): Command {
   const command = new Command('reload')
-    .description("have a store's daemon read TLS keys and access rules again, and wait until it has")
+    .description("make the store's daemon read its TLS keys and access rules again, and report the result")
     .addHelpText(
       'after',
-      '\nOpen connections stay as they are. If a file is wrong, what was in force before stays so, and this ends with 1.\n\n' +
+      '\nOpen connections are not affected. If a file is wrong, the old keys and rules stay in force and the exit code is 1.\n\n' +
         'Example:\n  sheepgate reload --store /var/lib/sheepgate',
     );
   return withCommonOptions(command).action(reload);
@@ -30,7 +30,7 @@ async function reload(options: CommonOptions): Promise<void> {
   if (report.failures.length > 0) {
     const others = report.reloaded.length > 0 ? `; ${textOf(report)}` : '';
     const failures = report.failures.join('; ');
-    throw new OperationError('NOT_RELOADED', `not reloaded, the old stay in force: ${failures}${others}`);
+    throw new OperationError('NOT_RELOADED', `not reloaded, the old settings stay in force: ${failures}${others}`);
   }
   if (!options.json) printLine(textOf(report));
 }

@@ -1,4 +1,4 @@
-/** What jobs report, shown on stderr: a line of progress on a terminal, notes everywhere. */
+/** Shows the reports of jobs on stderr: a progress line on a terminal only, notes always. */
 import type { Reporting } from '../jobs/reporting.js';
 import { printNote } from './output.js';
 import { startProgress } from './progress.js';

@@ -32,15 +32,18 @@ Examples:
 
 export function restoreCommand(): Command {
   const command = new Command('restore')
-    .description('make a VDI from a backup; with --list or --verify look at the backups only')
-    .argument('<target>', 'what was given to backup with --to')
-    .argument('[name]', 'name of the VDI to make')
-    .option('--at <backup>', "backup's number, or a day or time: the newest that is not younger (default: the newest)")
-    .option('--list', 'show the backups')
-    .option('--verify', 'compare all backups with their hashes; exit code 1 if something is damaged')
-    .addOption(new Option('--no-verify', 'do not read back what was restored'))
-    .addOption(blockSizeShiftOption("a cluster's own; in a local store, that of the VDI that was backed up"))
-    .option('--overwrite', 'write over a VDI of that name, which nobody may have open')
+    .description('create a VDI from a backup; with --list or --verify, only list or verify the backups')
+    .argument('<target>', 'the directory or image that was given to backup as --to')
+    .argument('[name]', 'name of the VDI to create')
+    .option(
+      '--at <backup>',
+      'number of a backup, or a day or time: the newest backup up to then (default: the newest of all)',
+    )
+    .option('--list', 'list the backups')
+    .option('--verify', 'compare all backups with their hashes; exit code 1 if one is damaged')
+    .addOption(new Option('--no-verify', 'do not read back and verify what was restored'))
+    .addOption(blockSizeShiftOption('in a cluster, as it was formatted; in a local store, as in the backup'))
+    .option('--overwrite', 'overwrite an existing VDI of that name; it must not be open')
     .addOption(copiesOption())
     .addOption(forceOption())
     .addHelpText('after', HELP);
@@ -49,11 +52,11 @@ export function restoreCommand(): Command {
     if (looks && (name !== undefined || options.at !== undefined || options.overwrite || options.copies)) {
       throw new OperationError(
         'BAD_USAGE',
-        '--list and --verify only look: leave NAME, --at, --overwrite and --copies out',
+        '--list and --verify restore nothing; leave out NAME, --at, --overwrite and --copies',
       );
     }
     if (!looks && name === undefined) {
-      throw new OperationError('BAD_USAGE', 'name the VDI to make, or say --list to see what there is');
+      throw new OperationError('BAD_USAGE', 'no VDI is named; give a name for it, or list the backups with --list');
     }
     await interruptible(async (signal) => {
       const target = await BackupTarget.openToRead(given);
@@ -119,7 +122,7 @@ function list(given: string, target: BackupTarget, options: RestoreOptions): voi
     }));
     return printJson({ vdi: manifest.vdi, target: given, store: manifest.store, backups });
   }
-  if (points.length === 0) return printLine(`no backup of ${manifest.vdi} in ${given} was ever finished`);
+  if (points.length === 0) return printLine(`${given} has no complete backup of ${manifest.vdi}`);
   printLine(`backups of ${manifest.vdi} (${manifest.store})`);
   const rows = points.map(({ id, time, isFull, size, changedBytes, storedBytes }, index) => [
     String(id),
@@ -150,22 +153,22 @@ async function verify(
   const whole = backups.filter(({ isWhole }) => isWhole).map(({ id }) => id);
   if (options.json) printJson({ vdi: target.manifest.vdi, target: given, backups });
   else if (whole.length === backups.length)
-    printLine(`${backups.length} backups of ${target.manifest.vdi} in ${given}, all whole`);
+    printLine(`${backups.length} backups of ${target.manifest.vdi} in ${given}, all intact`);
   const first = backups.find(({ isWhole }) => !isWhole);
   if (!first) return;
   throw new OperationError(
     'NOT_WHOLE',
-    `${first.damage}; ${whole.length === 0 ? 'no backup is whole' : `whole are: ${whole.join(', ')}`}; ` +
-      "'sheepgate backup --full' begins anew",
+    `${first.damage}; ${whole.length === 0 ? 'no backup is intact' : `intact backups: ${whole.join(', ')}`}; ` +
+      "'sheepgate backup --full' starts again with a full backup",
   );
 }
 
-/** Add what to do about a damaged backup. */
+/** Adds to the error what to do about a damaged backup. */
 function withAdvice(error: unknown, target: string): unknown {
   if (!(error instanceof OperationError) || error.code !== 'DAMAGED') return error;
   return new OperationError(
     'DAMAGED',
-    `${error.message}; 'sheepgate restore ${target} --verify' tells which backups are whole, --at ID takes another`,
+    `${error.message}; 'sheepgate restore ${target} --verify' shows which backups are intact, --at ID restores one of them`,
     { cause: error },
   );
 }

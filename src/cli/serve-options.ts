@@ -46,81 +46,86 @@ export function withPeerOptions(command: Command): Command {
       ).choices(['off', 'on', 'require']),
     )
     .addOption(
-      new Option('--tls-certificates <dir>', 'X.509: server-cert.pem, server-key.pem, and ca-cert.pem for clients'),
+      new Option(
+        '--tls-certificates <dir>',
+        'X.509: server-cert.pem, server-key.pem, and ca-cert.pem to verify clients with',
+      ),
     )
-    .addOption(new Option('--tls-verify-peer', 'clients must show a certificate that ca-cert.pem signed'))
-    .addOption(new Option('--tls-psk <file>', 'pre-shared keys, lines USER:HEXKEY as psktool writes them'))
-    .addOption(new Option('--access <file>', 'who may open which export (docs/access.md); default: everybody, all'))
+    .addOption(new Option('--tls-verify-peer', 'require client certificates signed by ca-cert.pem'))
+    .addOption(new Option('--tls-psk <file>', 'pre-shared keys, one USER:HEXKEY per line, as psktool writes them'))
+    .addOption(
+      new Option('--access <file>', 'who may open which export (docs/access.md); default: everybody may open all'),
+    )
     .addOption(
       new Option(
         '--exclusive [otherwise]',
-        'only one connection writes a disk; another one that wants to is read-only (default), is refused, or takes over from one ' +
-          'that does not answer: read-only, refuse or take-over (docs/exclusive.md). Live migration needs it off',
+        'only one connection may write a disk. A second writer: read-only (default) makes it read-only, refuse refuses it, ' +
+          'take-over lets it replace a writer that does not answer (docs/exclusive.md). Live migration needs this off',
       ).argParser(exclusiveArgument),
     )
-    .addOption(new Option('--allow-plaintext', 'listen without TLS where other machines can reach it'))
+    .addOption(new Option('--allow-plaintext', 'listen without TLS on addresses that other machines can reach'))
     .addOption(
       new Option(
         '--max-connections <n>',
-        'connections at the same time, as far as the limit of open files allows (default: 1024)',
+        'maximum of open connections, lowered if the limit of open files is too low (default: 1024)',
       ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
     )
     .addOption(
       new Option(
         '--max-connections-per-peer <n>',
-        'of those, from one address (tcp) or of one user (unix) (default: three quarters)',
+        'maximum from one address (TCP) or one user (unix) (default: three quarters of --max-connections)',
       ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
     )
     .addOption(
       new Option(
         '--max-handshakes <n>',
-        'of those, that have chosen no export; with one more the one that has been quiet longest is closed (default: 256)',
+        'maximum of connections that have not chosen an export yet; one more closes the one silent for longest (default: 256)',
       ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
     )
     .addOption(
-      new Option('--handshake-timeout <seconds>', 'for a client to choose its export (default: 30)').argParser(
+      new Option('--handshake-timeout <seconds>', 'time for a client to choose its export (default: 30)').argParser(
         wholeNumber(1, MAX_SECONDS),
       ),
     )
     .addOption(
       new Option(
         '--idle-timeout <seconds>',
-        'close connections that ask nothing for so long; 0: never (default). For clients that connect again by themselves: ' +
-          'a guest or a kernel that does not gets I/O errors when it next asks for something',
+        'close connections without requests for this time; 0: never (default). Only for clients that reconnect by themselves: ' +
+          'a guest or kernel that does not reconnect gets I/O errors at its next request',
       ).argParser(wholeNumber(0, MAX_SECONDS)),
     )
     .addOption(
       new Option(
         '--stall-timeout <seconds>',
-        'close connections whose client takes none of its replies, or sends nothing more of a request, for so long; 0: never ' +
-          '(default). Until then a client that is stopped is served when it goes on, over TCP and unix sockets alike',
+        'close connections whose client reads no replies, or stops in the middle of a request, for this time; 0: never ' +
+          '(default): a client that was stopped (SIGSTOP) is served again when it continues',
       ).argParser(wholeNumber(0, MAX_SECONDS)),
     )
     .addOption(
       new Option(
         '--max-memory <size>',
-        'memory for the requests and replies of all clients; who asks for more waits (default: an eighth of what the machine ' +
-          'or the cgroup has, at most 1G)',
+        'memory for the requests and replies of all clients; further requests wait (default: an eighth of the memory of the ' +
+          'machine or cgroup, at most 1G)',
       ).argParser(memoryArgument),
     )
     .addOption(
       new Option(
         '--keep-alive <seconds>',
-        'ask a TCP peer that is silent for so long whether it is there; it has ten more to answer (default: 60). A client that ' +
-          'does not read, on a machine that answers, is there: see --stall-timeout',
+        'probe a TCP peer that is silent for this time; without an answer within ten more it is disconnected (default: 60). ' +
+          'Does not detect a client that stops reading on a machine that answers: see --stall-timeout',
       ).argParser(wholeNumber(1, MAX_KEEP_ALIVE_SECONDS)),
     )
     .addOption(
       new Option(
         '--keep-now <seconds>',
-        'how long NAME@now waits for a client that was cut off, so that it finds the same moment; at least its reconnect delay ' +
-          `(default: ${DEFAULT_KEEP_MS / 1000})`,
+        'how long the snapshot behind NAME@now is kept for a client that was cut off, so that it can continue reading; ' +
+          `at least the client's reconnect delay (default: ${DEFAULT_KEEP_MS / 1000})`,
       ).argParser(wholeNumber(0, MAX_SECONDS)),
     )
     .addOption(
       new Option(
         '--in-use-time <seconds>',
-        'how long a VDI counts as in use by a client that was cut off: it is not replaced or deleted without --force ' +
+        'how long a VDI counts as in use by a client that was cut off, and cannot be replaced or deleted without --force ' +
           `(default: ${DEFAULT_IN_USE_MS / 1000})`,
       ).argParser(wholeNumber(0, MAX_SECONDS)),
     );

@@ -45,20 +45,20 @@ export function serveCommand(): Command {
       ).argParser(listenArgument),
     )
     .addOption(
-      new Option('--create <name:size>', 'make this VDI if it does not exist; may be repeated').argParser(
+      new Option('--create <name:size>', 'create this VDI if it does not exist; may be repeated').argParser(
         createArgument,
       ),
     )
     .addOption(
       new Option(
         '--default <name>',
-        'what clients get that name no export: VDI, VDI@TAG, or any other (docs/exports.md); default: they are refused',
+        'export for clients that name none: VDI, VDI@TAG, or another form (docs/exports.md); default: refuse them',
       ).argParser(exportArgument),
     )
     .addOption(
       new Option(
         '--create-store <yes|no>',
-        'whether to make a store where there is none (default: yes); no: a directory that is not mounted is an error',
+        'whether to create a missing store (default: yes). no: a directory without a store, such as an unmounted one, is an error',
       ).choices(['yes', 'no']),
     )
     .addOption(
@@ -69,24 +69,24 @@ export function serveCommand(): Command {
     .addOption(
       new Option(
         '--control-mode <octal>',
-        'permissions of the control socket: 600 (default), or 660 so that the group of the daemon may do everything, too',
+        'permissions of the control socket: 600 (default), or 660 to give the group of the daemon full control',
       ).argParser(controlModeArgument),
     )
     .addOption(
       new Option(
         '--cluster-timeout <seconds>',
-        'how long requests wait for a cluster that cannot serve them, before clients see an error (default: 60)',
+        'how long requests wait for a cluster that cannot serve them before they fail (default: 60)',
       ).argParser(secondsArgument),
     )
     .addOption(missingOption())
     .option('--debug', 'log every request')
     .addHelpText(
       'after',
-      '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
-        'second one ends at once; SIGHUP reads TLS keys and the access file again;\n' +
-        '"sheepgate reload" does, too, and says what came of it. The log never holds the daemon up: lines that nobody takes are\n' +
-        'dropped and counted. Started by a systemd socket unit, it serves the sockets of that unit instead of the default\n' +
-        'addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
+      '\nSIGTERM or Ctrl-C finishes the requests in flight, flushes, and ends the daemon; a second signal ends it at once.\n' +
+        'SIGHUP reads the TLS keys and the access file again. "sheepgate reload" does the same and reports the result.\n' +
+        'The log goes to stderr, one JSON object per line. A log that is not read does not block the daemon: it drops lines\n' +
+        'and counts them. Under a systemd socket unit, the daemon serves the sockets of that unit, not the default addresses.\n' +
+        '\nExamples:\n  sheepgate serve --create vm1:20G\n' +
         '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:0.0.0.0:10809 --tls-psk keys.psk\n' +
         '  sheepgate serve --cluster node1,node2,node3',
     );
@@ -95,7 +95,7 @@ export function serveCommand(): Command {
 
 async function serve(options: ServeOptions): Promise<void> {
   const hangups = catchHangups();
-  // Loaded late: --help needs none of it. Before anything can fail, so that whatever is wrong can be said.
+  // Loaded late: --help does not need it. Loaded before anything can fail, so that every failure can be logged.
   const { DaemonProcess } = await import('../daemon/daemon-process.js');
   const daemonProcess = new DaemonProcess(hangups);
   endBy(daemonProcess);
@@ -137,7 +137,7 @@ function readyText(daemon: Daemon): string {
   return lines.map((line) => `${printable(line)}\n`).join('');
 }
 
-/** A VDI of --create that exists and is not as --create says. */
+/** A VDI of --create that exists already, with another size or unfinished. */
 function keptJson({ unfinished, ...kept }: KeptVdi): object {
   return { ...kept, unfinished: unfinishedJson(unfinished) };
 }
@@ -145,9 +145,9 @@ function keptJson({ unfinished, ...kept }: KeptVdi): object {
 /** The same for people. */
 function keptText({ name, size, wantedSize, unfinished }: KeptVdi): string {
   if (unfinished)
-    return `${name} exists and is unfinished, so nobody can open it; 'sheepgate vdi show ${name}' says why`;
+    return `${name} exists but is unfinished, so it cannot be opened; 'sheepgate vdi show ${name}' shows why`;
   const [is, wanted] = formatSizes(size, wantedSize);
-  return `${name} exists and has ${is}, not ${wanted}; it was left as it is ('sheepgate vdi resize' changes it)`;
+  return `${name} exists and has ${is}, not ${wanted}; its size was not changed ('sheepgate vdi resize' changes it)`;
 }
 
 function listenArgument(text: string, before: readonly ListenAddress[] = []): ListenAddress[] {

@@ -1,6 +1,6 @@
 /**
- * A PLACE on the command line: a store's directory, or "cluster:" and the value of --cluster. For commands that work on two
- * stores, which --store and --cluster cannot name.
+ * A PLACE on the command line: the directory of a store, or "cluster:" and the value of --cluster. For commands that work on two
+ * stores, because --store and --cluster can name only one.
  */
 import { InvalidArgumentError } from 'commander';
 import { LOCATION_SYNTAX, parseLocation } from '../store/locations.js';

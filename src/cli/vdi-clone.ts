@@ -5,7 +5,7 @@ import { printJson, printLine, vdiJson } from './output.js';
 
 export function vdiCloneCommand(): Command {
   const command = new Command('clone')
-    .description('create a VDI that starts as a snapshot; data is shared until one of them writes')
+    .description('create a VDI from a snapshot; they share data until the VDI is written')
     .argument('<snapshot>', 'NAME@TAG')
     .argument('<new-name>', 'name of the new VDI')
     .addOption(forceOption())

@@ -7,8 +7,10 @@ import { copiesOption, type CopiesOption } from './copies-option.js';
 import { printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from '../text/size.js';
 
-/** --block-size-shift, for every command that makes a VDI. */
-export function blockSizeShiftOption(otherwise = "a cluster's own; in a local store 22 (4 MiB)"): Option {
+/** --block-size-shift, for every command that creates a VDI. */
+export function blockSizeShiftOption(
+  otherwise = 'in a cluster, as it was formatted; in a local store 22 (4 MiB)',
+): Option {
   return new Option(
     '--block-size-shift <shift>',
     `size of a data object is 2^shift bytes: ${MIN_BLOCK_SIZE_SHIFT} (1 MiB) to ${MAX_BLOCK_SIZE_SHIFT} (64 MiB); default: ${otherwise}`,
@@ -28,7 +30,7 @@ interface CreateCommandOptions extends CommonOptions, CopiesOption {
 
 export function vdiCreateCommand(): Command {
   const command = new Command('create')
-    .description('create an empty VDI; it takes up space only as it is written')
+    .description('create an empty VDI; it uses space only for data that is written')
     .argument('<name>', 'name of the VDI')
     .addArgument(new Argument('<size>', 'for example 10G, 512M, 1.5T').argParser(sizeArgument))
     .addOption(blockSizeShiftOption())

@@ -1,11 +1,11 @@
-/** `sheepgate vdi delete`: a snapshot, or a VDI that nobody has open. */
+/** `sheepgate vdi delete`: deletes a snapshot, or a VDI that is not open. */
 import { Command } from 'commander';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine } from './output.js';
 
 export function vdiDeleteCommand(): Command {
   const command = new Command('delete')
-    .description('delete a snapshot, or a VDI (its snapshots stay); data that nobody else shares is gone')
+    .description('delete a snapshot, or a VDI without its snapshots; data that no other VDI or snapshot shares is lost')
     .argument('<vdi>', 'NAME, or NAME@TAG for a snapshot')
     .addOption(forceOption())
     .addHelpText('after', '\nExample:\n  sheepgate vdi delete vm1@monday');

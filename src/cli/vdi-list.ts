@@ -1,4 +1,4 @@
-/** `sheepgate vdi list`: every VDI and snapshot of the store. */
+/** `sheepgate vdi list`: lists all VDIs and snapshots of the store. */
 import { Command } from 'commander';
 import { kindOf } from '../store/locations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
@@ -13,11 +13,12 @@ export function vdiListCommand(): Command {
     .description('list VDIs and their snapshots')
     .addHelpText(
       'after',
-      '\nUSED is the space of the data objects, shared ones counted with everybody who shares them. STATE is there if a VDI is\n' +
-        'unfinished: a command that fills it has not come to its end, and nobody else can open it; or if it is damaged: a\n' +
-        'cluster has lost its inode. A name in brackets is what it was probably called. SAY is there in a cluster\n' +
-        'where NAME and TAG do not say which is meant: all commands and NBD clients find it by that.\n' +
-        'NUMBER is there if a tag is one: `dog` takes that for the NUMBER of a snapshot.\n\nExample:\n  sheepgate vdi list',
+      '\nUSED is the space of the data objects; an object that several VDIs or snapshots share counts for each of them.\n' +
+        'Some columns appear only when they are needed:\n' +
+        '  STATE   unfinished: the command that fills the VDI has not completed, and the VDI cannot be opened.\n' +
+        '          damaged: the cluster has lost its inode; a NAME in brackets is its probable name.\n' +
+        '  SPEC    in a cluster, if NAME and TAG are ambiguous or not usable: give this to commands and NBD clients instead.\n' +
+        '  NUMBER  if a tag is a number: `dog` takes such a tag for the NUMBER of a snapshot.\n\nExample:\n  sheepgate vdi list',
     );
   return withCommonOptions(command).action(async (options: CommonOptions) => {
     const { vdis, damaged, store } = await withOperations(options, async (operations) => ({
@@ -49,7 +50,7 @@ export function vdiListCommand(): Command {
     }
     const header = ['NAME', 'TAG', 'ID', 'SIZE', 'USED', 'CREATED'];
     if (hasNumber) header.push('NUMBER');
-    if (hasSpec) header.push('SAY');
+    if (hasSpec) header.push('SPEC');
     if (hasState) header.push('STATE');
     process.stdout.write(table(header, rows, ['ID', 'SIZE', 'USED', 'NUMBER']));
   });

@@ -7,10 +7,10 @@ import { formatSizes } from '../text/size.js';
 
 export function vdiRollbackCommand(): Command {
   const command = new Command('rollback')
-    .description('make a VDI what its snapshot is; what was written since is gone, snapshots stay')
+    .description('reset a VDI to one of its snapshots; later writes are lost, all snapshots stay')
     .argument('<snapshot>', 'NAME@TAG')
     .addOption(forceOption())
-    .addHelpText('after', '\nNot while the VDI is in use.\n\nExample:\n  sheepgate vdi rollback vm1@monday');
+    .addHelpText('after', '\nThe VDI must not be in use.\n\nExample:\n  sheepgate vdi rollback vm1@monday');
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions & { force?: boolean }) => {
     const { force } = options;
     const { before, vdi } = await withOperations(options, async (operations) => {

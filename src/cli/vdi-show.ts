@@ -1,4 +1,4 @@
-/** `sheepgate vdi show`: everything that is known about one VDI or snapshot. */
+/** `sheepgate vdi show`: all details of one VDI or snapshot. */
 import { labelOfVdi } from '../store/vdi-record.js';
 import { Command } from 'commander';
 import type { ShownVdi, VdiDetails, VdiRecord } from '../operations/operations.js';
@@ -22,8 +22,8 @@ function writerLine({ client, isExclusive, firstWriteAt }: NonNullable<ShownVdi[
 function twoWritersLine({ at, clients }: NonNullable<ShownVdi['twoWriters']>): [string, string] {
   return [
     'WARNING',
-    `written by two clients at once, ${clients.join(' and ')}, at ${formatTime(at)}: unless they know of each other, check its ` +
-      'filesystem',
+    `written by two clients at once, ${clients.join(' and ')}, at ${formatTime(at)}: check its filesystem, unless the ` +
+      'clients coordinate their writes (cluster filesystem, live migration)',
   ];
 }
 
@@ -54,7 +54,7 @@ export function vdiShowCommand(): Command {
       ...(vdi.isSnapshot ? [['tag', vdi.tag] as [string, string]] : []),
       ['id', formatVid(vdi.vid)],
       ...(vdi.isSnapshot ? [['number', String(vdi.snapId)] as [string, string]] : []),
-      ...(otherSpec(vdi) === undefined ? [] : [['say', otherSpec(vdi) ?? ''] as [string, string]]),
+      ...(otherSpec(vdi) === undefined ? [] : [['spec', otherSpec(vdi) ?? ''] as [string, string]]),
       ['size', `${formatSize(vdi.size)} (${vdi.size} bytes)`],
       ['used', formatSize(vdi.allocatedBytes)],
       ['not shared', formatSize(vdi.exclusiveBytes)],

@@ -1,4 +1,4 @@
-/** `sheepgate vdi snapshot`: freeze a VDI's present content under a tag, in use or not. */
+/** `sheepgate vdi snapshot`: keep a VDI's current content under a tag. The VDI may be in use. */
 import { Command } from 'commander';
 import { takeFrozenSnapshot } from '../jobs/frozen-snapshot.js';
 import { specOf } from '../vdi/names.js';
@@ -13,7 +13,7 @@ interface SnapshotOptions extends CommonOptions, FreezeOptions {
 
 export function vdiSnapshotCommand(): Command {
   const command = new Command('snapshot')
-    .description('take a snapshot NAME@TAG; whoever writes to the VDI goes on without noticing')
+    .description('take a snapshot NAME@TAG; the VDI may be in use, its clients are not disturbed')
     .argument('<name>', 'name of the VDI')
     .argument('<tag>', 'tag of the snapshot')
     .addOption(forceOption())

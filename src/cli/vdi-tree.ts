@@ -70,7 +70,7 @@ function nodeJson(node: TreeNode): object {
 
 export function vdiTreeCommand(): Command {
   const command = new Command('tree')
-    .description('show which VDI and snapshot came from which')
+    .description('show VDIs and snapshots as a tree, each below its parent')
     .addHelpText('after', '\nExample:\n  sheepgate vdi tree');
   return withCommonOptions(command).action(async (options: CommonOptions) => {
     const { vdis, damaged } = await withOperations(options, async (operations) => ({

@@ -1,4 +1,4 @@
-/** The version of this package, as its package.json says it. */
+/** The version of this package, from its package.json. */
 import fs from 'node:fs';
 
 export function version(): string {

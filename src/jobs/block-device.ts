@@ -117,14 +117,14 @@ export class BlockDevice {
       if ((error as NodeJS.ErrnoException).code !== 'EBUSY') throw error;
       throw new OperationError(
         'BUSY',
-        `${file} is in use: it, or a part of it, is mounted, swap space, or belongs to LVM, RAID or the like; ` +
-          `'lsblk ${file}' shows to what; nothing was written`,
+        `${file} is in use: it, or a part of it, is mounted, is swap space, or belongs to LVM, RAID or similar; ` +
+          `'lsblk ${file}' shows how it is used; nothing was written`,
         { cause: error },
       );
     }
     try {
       if (!(await handle.stat()).isBlockDevice()) {
-        throw new OperationError('BAD_FILE', `${file} is no block device any more; nothing was written`);
+        throw new OperationError('BAD_FILE', `${file} is no longer a block device; nothing was written`);
       }
       const device = new BlockDevice(handle, file, await endOf(handle.fd));
       const found = mayReplace ? undefined : await device.#content();
@@ -201,7 +201,7 @@ export class BlockDevice {
     if (found) return found.name;
     if (tail.includes(MD_MAGIC, Math.max(0, tail.length - 2 * MD_END_BYTES))) return 'a member of a RAID (md)';
     if (hasZfs(head, tail)) return 'a member of a ZFS pool';
-    if (!isZeros(head) || !isZeros(tail) || (await this.#hasDataBetween())) return 'data, of a kind that is not known';
+    if (!isZeros(head) || !isZeros(tail) || (await this.#hasDataBetween())) return 'data of an unknown kind';
     return undefined;
   }
 
@@ -221,7 +221,7 @@ export class BlockDevice {
 /** Checked here because opening a read-only device for writing succeeds, and only the first write fails. */
 function refuseReadOnly(file: string, rdev: number): void {
   if (blockDeviceAttribute(rdev, 'ro') !== '1') return;
-  const how = `'blockdev --setrw ${shellWord(file)}' changes that, if it is not made so by what it is on`;
+  const how = `'blockdev --setrw ${shellWord(file)}' changes that, unless the device below it is read-only too`;
   throw new OperationError('READ_ONLY', `${file} is a read-only device; nothing was written; ${how}`);
 }
 

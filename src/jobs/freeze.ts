@@ -45,7 +45,7 @@ export class FrozenMoment {
     } finally {
       const { failure } = await guard.thaw();
       if (failure !== null) {
-        this.#thawFailure = `the thaw command ${failure}: thaw by hand what is frozen`;
+        this.#thawFailure = `the thaw command ${failure}: thaw the guest by hand`;
         log(this.#thawFailure);
       }
     }
@@ -53,8 +53,8 @@ export class FrozenMoment {
     if (isLate) {
       throw new OperationError(
         'FREEZE_TIMEOUT',
-        `the snapshot was not there ${timeoutMs / 1000} s after freezing began, and the thaw command was run; ` +
-          'give a longer --freeze-timeout if the guest can bear it',
+        `the snapshot was not taken within ${timeoutMs / 1000} s of the freeze, and the thaw command was run; ` +
+          'give a longer --freeze-timeout if the guest can stay frozen for longer',
       );
     }
     return taken;

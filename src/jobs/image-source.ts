@@ -125,7 +125,7 @@ function streamSource(
         first = next.value;
       }),
     async *chunks(signal) {
-      if (!first) throw new Error('invariant: a stream is read that was not begun');
+      if (!first) throw new Error('invariant: a stream is read before begin()');
       yield first;
       for (;;) {
         const next = await stoppable(stream, signal, () => pieces.next());

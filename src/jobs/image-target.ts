@@ -70,7 +70,7 @@ function resolve(file: string): string {
   if (place !== undefined && fs.statSync(path.dirname(resolved)).dev === fs.statSync(place).dev) {
     throw new OperationError(
       'BAD_FILE',
-      `${file} is in ${place}, and no device: a file there would be in memory, or nowhere; look at the name again`,
+      `${file} is in ${place} and is not a device: a file there would not be on a disk; check the name`,
     );
   }
   return resolved;
@@ -83,7 +83,7 @@ function realPath(absolute: string, file: string): string {
     if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
     throw new OperationError(
       'BAD_FILE',
-      `${file} is a symbolic link that leads nowhere; remove it, or give the name of the file itself`,
+      `${file} is a symbolic link to a file that does not exist; remove it, or give the name of the file itself`,
       { cause: error },
     );
   }
@@ -92,7 +92,11 @@ function realPath(absolute: string, file: string): string {
 function parentOf(absolute: string): string {
   const parent = path.dirname(absolute);
   const status = fs.statSync(parent, { throwIfNoEntry: false });
-  if (!status) throw new OperationError('BAD_FILE', `${parent} does not exist; make it, or mount what belongs there`);
+  if (!status)
+    throw new OperationError(
+      'BAD_FILE',
+      `${parent} does not exist; create it, or mount the filesystem that belongs there`,
+    );
   if (!status.isDirectory()) throw new OperationError('BAD_FILE', `${parent} is not a directory; give another name`);
   return fs.realpathSync(parent);
 }
@@ -104,7 +108,9 @@ function toStdout(): ImageTarget {
   // For a descriptor that it cannot write to, such as a block device, Node makes a stream that accepts everything and writes
   // nothing (lib/internal/bootstrap/switches/is_main_thread.js, createWritableStdioStream).
   if (Object.getPrototypeOf(process.stdout) === Writable.prototype) {
-    const what = fs.fstatSync(STDOUT_FD).isBlockDevice() ? 'a block device' : 'nothing that an image can be written to';
+    const what = fs.fstatSync(STDOUT_FD).isBlockDevice()
+      ? 'a block device'
+      : 'not something that an image can be written to';
     throw new OperationError(
       'BAD_USAGE',
       `stdout is ${what}: name a file or device instead of redirecting to it (${stdoutName()}); nothing was written`,
@@ -117,7 +123,7 @@ function stdoutName(): string {
   try {
     return fs.readlinkSync(`/proc/self/fd/${STDOUT_FD}`);
   } catch {
-    return 'its name is not known';
+    return 'its name is unknown';
   }
 }
 
@@ -133,7 +139,7 @@ async function toFifo(file: string, { log, signal }: Context): Promise<ImageTarg
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENXIO') throw error;
     }
-    if (!isSaid) log(`waiting for somebody to read ${file}`);
+    if (!isSaid) log(`waiting for a reader of ${file}`);
     isSaid = true;
     await delay(READER_POLL_MS, undefined, { signal }).catch(() => undefined);
   }
@@ -216,16 +222,16 @@ function notWritten(error: unknown, file: string, size: number): unknown {
   const { code } = error;
   const cause = { cause: error };
   if (SPACE_CODES.has(code)) {
-    const why = `no space left for ${file} (${code}), and nothing of it was kept`;
-    return new OperationError('NO_SPACE', `${why}: make room in ${path.dirname(file)}, or give another place`, cause);
+    const why = `no space left for ${file} (${code}), and the partial image was removed`;
+    return new OperationError('NO_SPACE', `${why}: free space in ${path.dirname(file)}, or give another place`, cause);
   }
   if (code === 'EFBIG') {
-    const why = `the filesystem of ${file} has no files of ${size} bytes`;
-    return new OperationError('BAD_SIZE', `${why}; give another place, or - and split what comes`, cause);
+    const why = `the filesystem of ${file} does not support files of ${size} bytes`;
+    return new OperationError('BAD_SIZE', `${why}; give another place, or export to - and split the output`, cause);
   }
   return new OperationError(
     'BAD_FILE',
-    `${file} was not written, nothing of it was kept: ${systemMessage(error, file)}`,
+    `${file} was not written, and the partial image was removed: ${systemMessage(error, file)}`,
     cause,
   );
 }
@@ -236,7 +242,7 @@ function toBlockDevice(device: BlockDevice, { log }: Context): ImageTarget {
     if (size < disk.size) {
       throw new OperationError(
         'BAD_SIZE',
-        `${file} has ${size} bytes, and the image ${disk.size}: it does not fit; nothing was written`,
+        `${file} has ${size} bytes, too few for the image of ${disk.size} bytes; nothing was written`,
       );
     }
     try {

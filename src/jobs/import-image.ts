@@ -111,13 +111,15 @@ export async function importInto(
 function checkLength({ name, length, isFed }: ImageSource, size: number | undefined): void {
   const most = MAX_DATA_OBJECTS * 2 ** MAX_BLOCK_SIZE_SHIFT;
   const wanted = Math.max(length ?? 0, size ?? 0);
-  if (wanted > most) throw new OperationError('BAD_SIZE', `${name}: ${wanted} bytes, and no VDI has more than ${most}`);
+  if (wanted > most)
+    throw new OperationError('BAD_SIZE', `${name} would have ${wanted} bytes; a VDI can have at most ${most}`);
   if (length === undefined || size === undefined) return;
   const says = `${name} has ${length} bytes, --size says`;
   if (!isFed && size < length) throw new OperationError('BAD_SIZE', `${says} only ${size}`);
   if (isFed && size > length)
-    throw new OperationError('INCOMPLETE', `${says} that ${size} must come; nothing was done`);
-  if (isFed && size < length) throw new OperationError('TOO_LONG', `${says} that only ${size} come; nothing was done`);
+    throw new OperationError('INCOMPLETE', `${says} that ${size} must arrive; nothing was done`);
+  if (isFed && size < length)
+    throw new OperationError('TOO_LONG', `${says} that only ${size} arrive; nothing was done`);
 }
 
 /** Check the store before anything is written. Errors: BAD_USAGE, TOO_LONG. */
@@ -136,7 +138,7 @@ async function planOf(
       : `${source.name} has ${length} bytes`;
   if (found && (options.overwrite || found.unfinished?.by === 'import') && !found.unfinished?.isNew) {
     if (options.size !== undefined && !source.isFed) {
-      throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave --size out, or resize it first`);
+      throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave out --size, or resize it first`);
     }
     if (length !== undefined && length > found.size) {
       throw new OperationError('TOO_LONG', `${says}, ${name} only ${found.size}; nothing was written; resize it first`);

@@ -12,17 +12,17 @@ export async function whatIsLeft(
   { isFinishing }: { readonly isFinishing: boolean },
 ): Promise<string> {
   const { name, vid, unfinished } = begun;
-  if (!unfinished) throw new Error('invariant: a VDI is filled that bears no mark');
+  if (!unfinished) throw new Error('invariant: a VDI is filled that has no unfinished mark');
   const { by, run } = unfinished;
   try {
     const found = await operations.show(name);
     if (found.unfinished?.run === run) {
-      return `${name} is unfinished now and cannot be opened: ${by} again, or delete it`;
+      return `${name} is now unfinished and cannot be opened: run ${by} again, or delete it`;
     }
     if (isFinishing && !found.unfinished && found.vid === vid) {
-      return `${name} is complete all the same: only the answer to the last step was lost`;
+      return `${name} is nevertheless complete: only the answer to the last step was lost`;
     }
-    return `${name} is no longer what ${NOUNS[by]} has begun: 'sheepgate vdi show ${name}' shows what it is`;
+    return `${name} is no longer the VDI that ${NOUNS[by]} began to fill: 'sheepgate vdi show ${name}' shows its state`;
   } catch {
     return `${name} may be unfinished: 'sheepgate vdi show ${name}' shows whether it is`;
   }

@@ -114,5 +114,5 @@ function isLocked(file: OpenFile): boolean {
 }
 
 function busy(file: string): OperationError {
-  return new OperationError('BUSY', `another export is writing ${file}; wait for it to end`);
+  return new OperationError('BUSY', `another export is writing ${file}; wait until it has ended`);
 }

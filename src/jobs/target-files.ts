@@ -63,8 +63,8 @@ export function openRegular(disk: HostDisk, file: string, access: 'r' | 'r+'): P
     await handle.close();
     throw new OperationError(
       'BAD_TARGET',
-      `${file} has ${nlink} names (hard links), and writing into it would change the others too; ` +
-        `make it a file of its own: cp -p --sparse=always ${file} ${file}.own && mv ${file}.own ${file}`,
+      `${file} has ${nlink} names (hard links), and writing to it would change the others too; ` +
+        `make it a separate file: cp -p --sparse=always ${file} ${file}.own && mv ${file}.own ${file}`,
     );
   });
 }
@@ -120,10 +120,7 @@ async function wholeOf(disk: HostDisk, file: string, maxBytes: number): Promise<
   try {
     const { size } = handle.status();
     if (size > maxBytes) {
-      throw new OperationError(
-        'DAMAGED',
-        `${file} is damaged: it has ${size} bytes, and at most ${maxBytes} belong there`,
-      );
+      throw new OperationError('DAMAGED', `${file} is damaged: it has ${size} bytes, and can have at most ${maxBytes}`);
     }
     const content = Buffer.alloc(size);
     return content.subarray(0, await handle.readToEnd(content, 0));
@@ -181,9 +178,13 @@ async function openDirectory(disk: HostDisk, directory: string): Promise<OpenFil
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code !== 'ELOOP' && code !== 'ENOTDIR') throw error;
-    throw new OperationError('BAD_TARGET', `${directory} is not a directory; look who put it there, and remove it`, {
-      cause: error,
-    });
+    throw new OperationError(
+      'BAD_TARGET',
+      `${directory} is not a directory; find out who put it there, and remove it`,
+      {
+        cause: error,
+      },
+    );
   }
 }
 
@@ -225,7 +226,7 @@ function checkRegular(found: FileStatus, file: string): void {
 function notRegular(file: string, what: string): OperationError {
   return new OperationError(
     'BAD_TARGET',
-    `${file} is ${what}, not a regular file: it was not made by sheepgate; look who put it there, and remove it`,
+    `${file} is ${what}, not a regular file: sheepgate did not create it; find out who did, and remove it`,
   );
 }
 

@@ -1,6 +1,6 @@
 /**
- * Backups that do not end as they should: killed at any moment, told to stop, out of space, two at a time. What was backed
- * up before is there in any case, and the next run goes on by itself.
+ * Backups that fail: killed at any moment, stopped by a signal, out of space, two at the same time. Earlier backups stay intact in
+ * every case, and the next run continues by itself.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -30,7 +30,7 @@ async function killed(store: string, place: string, args: readonly string[], at?
 }
 
 test.each(['vm', 'vm.img'])(
-  'killed at any moment, the backups of %s before it are there, and the next run goes on',
+  'a backup to %s that is killed at any moment leaves the earlier backups intact, and the next run continues',
   async (name) => {
     const original = new BackedUpDisk(await testStore('directly on the store'), SIZE);
     await original.create();
@@ -68,7 +68,7 @@ test.each(['vm', 'vm.img'])(
       const at = 1 + Math.floor((moment * (whole.calls - 1)) / (MOMENTS - 1));
       setUp();
       expect((await killed(store, place, args, at)).signal, `killed at ${at}`).toBe('SIGKILL');
-      // What is there now, without the help of anybody.
+      // The state after the kill, before any other command.
       const disk = new BackedUpDisk(storeWith(store, undefined), SIZE);
       for (const [id, sha256] of original.at) disk.at.set(id, sha256);
       disk.at.set(original.at.size + 1, after);
@@ -88,14 +88,14 @@ test.each(['vm', 'vm.img'])(
       const files = fs.readdirSync(place, { recursive: true }).map(String);
       expect(files.filter((each) => each.endsWith('.partial'))).toEqual([]);
     }
-    // It was killed before and after it became a backup.
+    // It was killed both before and after the new backup was committed.
     expect(seen.size).toBeGreaterThan(1);
     expect(before).not.toBe(after);
   },
   TIMEOUT_MS,
 );
 
-test('a first backup that was killed is begun again, and nothing of it is left', async () => {
+test('a first backup that was killed starts again, and leaves no files of the killed run', async () => {
   const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
   await disk.create();
   await disk.write(0, patterned(3 * MIB, 1));
@@ -104,13 +104,13 @@ test('a first backup that was killed is begun again, and nothing of it is left',
   for (const at of [2, 4, 9]) {
     expect((await killed(disk.target.store, directory, ['backup', 'vm', '--to', to], at)).signal).toBe('SIGKILL');
   }
-  expect(await disk.target.fails('restore', to, 'x')).toMatch(/no backup in .* was ever finished/);
+  expect(await disk.target.fails('restore', to, 'x')).toMatch(/.* has no complete backup/);
   expect(await disk.backup(to)).toMatchObject({ id: 1, kind: 'full' });
   expect(await bases(disk.target)).toHaveLength(1);
   expect(await disk.checkAll(to)).toEqual([1]);
 });
 
-/** A backup that goes on until it is ended: its freezing waits. */
+/** A backup that runs until it is ended: its freeze command waits. */
 function start(store: string, args: readonly string[]): { child: ChildProcess; stderr: () => string } {
   const child = spawn(process.execPath, [BIN, ...args], {
     env: { ...process.env, SHEEPGATE_STORE: store },
@@ -121,7 +121,7 @@ function start(store: string, args: readonly string[]): { child: ChildProcess; s
   return { child, stderr: () => text };
 }
 
-test('two runs at a time are refused, and so is a restore meanwhile; a stopped one cleans up', async () => {
+test('a second run and a restore are refused while a run is at work; a stopped run cleans up', async () => {
   const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
   await disk.create();
   await disk.write(0, patterned(3 * MIB, 1));
@@ -148,7 +148,7 @@ test('two runs at a time are refused, and so is a restore meanwhile; a stopped o
   expect((await disk.backup(to)).notes).toEqual([]);
 });
 
-test('stopped while it copies, it leaves neither snapshot nor files', async () => {
+test('a backup that is stopped while it copies leaves neither snapshot nor files', async () => {
   const disk = new BackedUpDisk(await testStore('through a daemon'), 256 * MIB);
   await disk.create();
   for (let at = 0; at < 256; at += 16) await disk.write(at * MIB, patterned(16 * MIB, at + 1));
@@ -162,7 +162,7 @@ test('stopped while it copies, it leaves neither snapshot nor files', async () =
   expect(await disk.target.names()).toEqual(['vm']);
 });
 
-test('a target without space says so, keeps what it has, and goes on when there is some', async (context) => {
+test('a full target is reported, keeps its backups, and takes the next one when it has space', async (context) => {
   if (process.getuid?.() !== 0) return skipBecause(context, 'only root can mount a small filesystem');
   const directory = temporaryDirectory();
   const mounted = await run('mount', ['-t', 'tmpfs', '-o', 'size=6m', 'tmpfs', directory]);
@@ -176,7 +176,9 @@ test('a target without space says so, keeps what it has, and goes on when there 
     const names = await disk.target.names();
     await disk.write(4 * MIB, patterned(6 * MIB, 2));
     const refusal = await disk.target.fails('backup', 'vm', '--to', to);
-    expect(refusal).toMatch(/no space left in .*: free some, or --keep fewer; the backups in it are unharmed: 1\n/);
+    expect(refusal).toMatch(
+      /no space left in .*: free some space, or --keep fewer backups; the backups in it are unharmed: 1\n/,
+    );
     expect(await disk.checkAllByReading(to)).toEqual([1]);
     expect(await disk.target.names()).toEqual(names);
     expect((await run('mount', ['-o', 'remount,size=20m', directory])).code).toBe(0);
@@ -187,7 +189,7 @@ test('a target without space says so, keeps what it has, and goes on when there 
   }
 });
 
-test('a target that goes away during the backup is an error in one line, and the disk is as before', async () => {
+test('a target that goes away during the backup is an error in one line, and the disk is unchanged', async () => {
   const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
   await disk.create();
   await disk.write(0, patterned(MIB, 1));
@@ -202,7 +204,7 @@ test('a target that goes away during the backup is an error in one line, and the
   expect(await disk.target.names()).toEqual(names);
 });
 
-test('a restore that is stopped or finds the daemon gone leaves no half VDI that looks whole', async () => {
+test('a restore that is stopped or loses the daemon leaves no partial VDI that looks complete', async () => {
   const disk = new BackedUpDisk(await testStore('through a daemon'), 256 * MIB);
   await disk.create();
   for (let at = 0; at < 256; at += 16) await disk.write(at * MIB, patterned(16 * MIB, at + 1));
@@ -214,7 +216,7 @@ test('a restore that is stopped or finds the daemon gone leaves no half VDI that
   child.kill('SIGINT');
   expect(await ended(child), stderr()).toEqual({ code: 130, signal: null });
   expect(await target.names()).not.toContain('again');
-  // A client has it open: it is not written under its hands.
+  // A client has it open: the restore must not overwrite it.
   if (!target.daemon) throw new Error('invariant: there is a daemon');
   const client = await attach(target.daemon, 'vm');
   expect(await target.fails('restore', image, 'vm', '--overwrite')).toMatch(/vm is open by 1 connection/);

@@ -1,6 +1,6 @@
 /**
- * Targets that are not as we left them: copied, put back from elsewhere, or with things in them that somebody else has
- * made. Nothing outside of a target is touched, nothing waits for ever, and what is printed is text.
+ * Targets that changed since the last run: copied, restored from elsewhere, or with files in them that another program has made.
+ * Commands touch nothing outside the target, never wait for ever, and print only text.
  */
 import { createHash } from 'node:crypto';
 import { spawn } from 'node:child_process';
@@ -43,7 +43,7 @@ describe('hashes', () => {
     return hash.digest('hex');
   }
 
-  test('backup, restore, migrate and sha256sum agree: sha256 is of the image, the tree hash what is documented', async () => {
+  test('backup, restore, migrate and sha256sum agree on the SHA-256 of the image, and the tree hash is as documented', async () => {
     const disk = await newDisk();
     await disk.write(5 * MIB, patterned(MIB + 512, 2));
     const to = newTarget();
@@ -62,7 +62,7 @@ describe('hashes', () => {
     };
     expect(await migrate('--sha256')).toMatchObject(wanted);
     expect(await migrate('--verify', 'only')).toMatchObject({ ...wanted, sha256: null });
-    // Not asked for: not computed, and nothing else is called so.
+    // Not requested: not computed, and no other field has this name.
     expect(await disk.backup(to)).toMatchObject({ treeHash, sha256: null });
     const listed = await disk.target.json<{ backups: Hashes[] }>('restore', to, '--list');
     expect(listed.backups.map((each) => [each.treeHash, each.sha256])).toEqual([
@@ -71,14 +71,14 @@ describe('hashes', () => {
     ]);
   });
 
-  test('a target that was made when the tree hash was called sha256 is read, gone on with, and written anew', async () => {
+  test('a target from a version that called the tree hash sha256 is read, continued, and rewritten', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
     const manifest = path.join(to, 'manifest.json');
     const text = fs.readFileSync(manifest, 'utf8');
     fs.writeFileSync(manifest, text.replace('"version": 2', '"version": 1').replace('"treeHash"', '"sha256"'));
-    expect(await disk.target.ok('restore', to, '--verify')).toMatch(/^1 backups of vm in .*, all whole/);
+    expect(await disk.target.ok('restore', to, '--verify')).toMatch(/^1 backups of vm in .*, all intact/);
     await disk.write(MIB, patterned(MIB, 3));
     expect(await disk.backup(to)).toMatchObject({ id: 2, kind: 'incremental', notes: [] });
     expect(await disk.checkAll(to)).toEqual([1, 2]);
@@ -89,7 +89,7 @@ describe('hashes', () => {
 });
 
 describe('verifying', () => {
-  test('a file that cannot be read is damage of that file, and all backups are looked at', async () => {
+  test('a file that cannot be read is reported as damage of that file, and all backups are checked', async () => {
     const target = await testStore('directly on the store');
     const disk = new BackedUpDisk(target, 4 * MIB);
     await disk.create();
@@ -105,9 +105,9 @@ describe('verifying', () => {
         env: { EIO_ON: name, NODE_OPTIONS: `--import=${path.resolve(import.meta.dirname, 'failing-reads.mjs')}` },
       });
     for (const [name, whole] of [
-      [named(/^0003-.*qcow2/), 'whole are: 1, 2;'],
-      [named(/^0002-.*hashes/), 'whole are: 1, 3;'],
-      [named(/^base-1/), 'no backup is whole;'],
+      [named(/^0003-.*qcow2/), 'intact backups: 1, 2;'],
+      [named(/^0002-.*hashes/), 'intact backups: 1, 3;'],
+      [named(/^base-1/), 'no backup is intact;'],
     ] as const) {
       const said = oneLineOf(await verify(name), 1, name);
       expect(said).toContain(`${path.join(to, name)} is damaged: it cannot be read: i/o error (EIO)`);
@@ -118,21 +118,21 @@ describe('verifying', () => {
     );
   });
 
-  test('--verify compares the SHA-256 of the image where there is one', async () => {
+  test('--verify compares the SHA-256 of the image if there is one', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '4M');
     const to = path.join(temporaryDirectory(), 'backup');
     await target.ok('backup', 'vm', '--to', to, '--sha256');
-    expect(await target.ok('restore', to, '--verify')).toMatch(/all whole/);
+    expect(await target.ok('restore', to, '--verify')).toMatch(/all intact/);
     const manifest = path.join(to, 'manifest.json');
     const text = fs.readFileSync(manifest, 'utf8').replace(/("sha256": ")[0-9a-f]{4}/, '$1ffff');
     fs.writeFileSync(manifest, text);
     expect(await target.fails('restore', to, '--verify')).toMatch(
-      /manifest\.json is damaged: .*SHA-256 of backup 1 is ffff/,
+      /manifest\.json is damaged: .*ffff.* as the SHA-256 of backup 1/,
     );
   });
 
-  test('reads what is stored: 4 TiB with 5 MB in it take seconds, after a touch and with restore --verify', async () => {
+  test('reads only stored data: 4 TiB with 5 MB in it take seconds, after a touch and with restore --verify', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '4T');
     const data = path.join(temporaryDirectory(), 'data');
@@ -144,9 +144,11 @@ describe('verifying', () => {
     for (const name of fs.readdirSync(to)) fs.utimesSync(path.join(to, name), new Date(), new Date());
     const startedAt = Date.now();
     const touched = await target.json<BackupResult>('backup', 'vm', '--to', to);
-    expect(touched.notes.join()).toMatch(/not as the last run left it: .*base-1\.img.*,compared with the hashes/);
-    expect(await target.ok('restore', to, '--verify')).toMatch(/^3 backups of vm in .*, all whole/);
-    // Two hours by reading all of it; what it takes here, and much more than that.
+    expect(touched.notes.join()).toMatch(
+      /changed since the last run: .*base-1\.img.*,the stored backups match their hashes/,
+    );
+    expect(await target.ok('restore', to, '--verify')).toMatch(/^3 backups of vm in .*, all intact/);
+    // Reading all of it would take two hours; the limit is far above the time that it takes here.
     expect(Date.now() - startedAt).toBeLessThan(60_000);
   }, 180_000);
 
@@ -163,7 +165,7 @@ describe('verifying', () => {
     fs.closeSync(fd);
     const stray = await disk.target.fails('restore', to, '--verify');
     expect(stray).toMatch(
-      /base-1\.img is damaged: the 1048576 bytes of the disk at 9437184 are not what was backed up/,
+      /base-1\.img is damaged: the 1048576 bytes of the disk at 9437184 differ from what was backed up/,
     );
     const holed = Buffer.from(whole);
     holed.fill(0, MIB, 2 * MIB);
@@ -173,17 +175,17 @@ describe('verifying', () => {
     const again = fs.openSync(base, 'r+');
     fs.writeSync(again, holed, 0, MIB, 0);
     fs.closeSync(again);
-    expect(await disk.target.fails('restore', to, '--verify')).toMatch(/1048576 bytes of the disk at 1048576 are not/);
+    expect(await disk.target.fails('restore', to, '--verify')).toMatch(/1048576 bytes of the disk at 1048576 differ/);
     const refused = lastLineOf(await disk.target.run(['backup', 'vm', '--to', to]), 1, 'backup');
     expect(refused).toMatch(/base-1\.img is damaged/);
   });
 
-  test('ends when it is told to, says beforehand what it does, and has no store locked meanwhile', async () => {
+  test('ends on a signal, announces what it does, and locks no store meanwhile', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '64G');
     const to = newTarget();
     await target.ok('backup', 'vm', '--to', to);
-    // Zeros that are stored: they have to be read.
+    // Stored zeros, which must be read.
     const fd = fs.openSync(path.join(to, 'base-1.img'), 'r+');
     for (let n = 0; n < 128; n++) fs.writeSync(fd, Buffer.alloc(4 * MIB), 0, 4 * MIB, n * 128 * MIB);
     fs.closeSync(fd);
@@ -196,7 +198,7 @@ describe('verifying', () => {
     await waitUntil(() => stderr.includes('\n') || child.exitCode !== null, 'it says what it does');
     child.kill('SIGSTOP');
     expect(stderr).toMatch(
-      /^sheepgate: note: not as the last run left it: .*base-1\.img; what is stored is compared.*\n$/,
+      /^sheepgate: note: changed since the last run: .*base-1\.img; comparing the stored backups.*\n$/,
     );
     expect(await target.names()).toHaveLength(2);
     child.kill('SIGTERM');
@@ -215,8 +217,8 @@ describe('verifying', () => {
   }, 180_000);
 });
 
-describe('a target and a store that do not fit together', () => {
-  test('the target is behind: it was copied, and the other one went on', async () => {
+describe('a target and a store that do not match', () => {
+  test('the target is behind: it is an older copy, and the original has later backups', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -228,12 +230,12 @@ describe('a target and a store that do not fit together', () => {
     expect(refusal).toMatch(/the target is behind: .*-copy ends with backup 1 of 20/);
     expect(refusal).toContain(`has the snapshot "${base}" of 20`);
     expect(refusal).toMatch(
-      /, 2 backups later; .*-copy is an older copy of a target in use: back up to that one, or say/,
+      /, 2 backups later; .*-copy is an older copy of a target in use: back up to that one, or use/,
     );
     expect(await bases(disk.target)).toEqual([`vm@${base}`]);
   });
 
-  test('the store is behind: it was put back from a copy, and the target has what is newer', async () => {
+  test('the store is behind: it was restored from a copy, and the target has newer data', async () => {
     const disk = await newDisk();
     const to = newTarget();
     const { base } = await disk.backup(to);
@@ -246,7 +248,7 @@ describe('a target and a store that do not fit together', () => {
     const refusal = await behind.fails('backup', 'vm', '--to', to);
     expect(refusal).toContain(`the store is behind: vm in ${old} ends with the snapshot "${base}" of 20`);
     expect(refusal).toMatch(/has 2 backups after that, up to backup 3 of 20.*the target has newer data/);
-    expect(refusal).toContain(`'sheepgate restore ${to} NEW-NAME' brings them back`);
+    expect(refusal).toContain(`'sheepgate restore ${to} NEW-NAME' restores it`);
     expect(refusal).not.toMatch(/older copy of a target/);
     await behind.ok('restore', to, 'newer');
     expect(hashOf((await behind.run(['export', 'newer', '-'])).stdoutBytes)).toBe(hashOf(disk.content));
@@ -262,7 +264,7 @@ describe('in a target that others can write to', () => {
     'a directory': (file: string) => fs.mkdirSync(file),
   };
 
-  /** Put each kind of thing in the place of a file, and see that commands end, say so, and touch nothing outside. */
+  /** Put each kind of file in the place of one of ours: commands must end, report it, and touch nothing outside the target. */
   async function expectRefused(
     name: (to: string) => string,
     commands: readonly (readonly string[])[],
@@ -278,7 +280,7 @@ describe('in a target that others can write to', () => {
     const outside = path.join(temporaryDirectory(), 'precious');
     const file = path.join(to, name(to));
     const content = fs.readFileSync(file);
-    // What is read through a link would do: only that it is one is wrong.
+    // The content behind the link is right: only the link itself is wrong.
     fs.writeFileSync(outside, content);
     for (const [kind, make] of Object.entries(kinds)) {
       fs.rmSync(file);
@@ -293,7 +295,7 @@ describe('in a target that others can write to', () => {
         const line = lastLineOf(result, 1, `${kind}: ${command.join(' ')}`);
         const what = kind.replace(' to nothing', '');
         if (!(ofManifest && kind === 'a directory')) {
-          expect(line).toContain(`${file} is ${what}, not a regular file: it was not made by sheepgate`);
+          expect(line).toContain(`${file} is ${what}, not a regular file: sheepgate did not create it`);
         }
       }
       fs.rmSync(file, { recursive: true });
@@ -303,7 +305,7 @@ describe('in a target that others can write to', () => {
     }
   }
 
-  test('the lock may be anything', () =>
+  test('any kind of file in the place of the lock is refused', () =>
     expectRefused(
       () => 'lock',
       [
@@ -312,7 +314,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('the manifest may be anything', () =>
+  test('any kind of file in the place of the manifest is refused', () =>
     expectRefused(
       () => 'manifest.json',
       [
@@ -321,7 +323,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('the image may be anything', () =>
+  test('any kind of file in the place of the image is refused', () =>
     expectRefused(
       () => 'base-1.img',
       [
@@ -331,7 +333,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('an increment may be anything', () =>
+  test('any kind of file in the place of an increment is refused', () =>
     expectRefused(
       (to) => fs.readdirSync(to).find((name) => /^0002.*qcow2$/.test(name)) as string,
       [
@@ -340,7 +342,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('the hashes may be anything', () =>
+  test('any kind of file in the place of the hashes is refused', () =>
     expectRefused(
       (to) => fs.readdirSync(to).find((name) => /^0002.*hashes$/.test(name)) as string,
       [
@@ -349,7 +351,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('a link in the place of the files that are being written is removed, not followed', async () => {
+  test('a link in the place of a file that is to be written is removed, not followed', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -363,7 +365,7 @@ describe('in a target that others can write to', () => {
     expect(fs.readdirSync(to).filter((name) => name.endsWith('.partial'))).toEqual([]);
   });
 
-  test('an image that has another name elsewhere is not written into', async () => {
+  test('an image with another name (hard link) is not written to', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -379,7 +381,7 @@ describe('in a target that others can write to', () => {
     expect(await disk.checkAll(to)).toEqual([1, 2, 3]);
   });
 
-  test('the directory beside an image may be a link: it is not followed', async () => {
+  test('a link in the place of the directory beside an image is not followed', async () => {
     const disk = await newDisk();
     const image = newTarget('vm.img');
     const elsewhere = temporaryDirectory();
@@ -404,7 +406,7 @@ describe('in a target that others can write to', () => {
     expect(hashOf((await disk.target.run(['export', 'restored', '-'])).stdoutBytes)).toBe(hashOf(disk.content));
   });
 
-  test('what a manifest says is printed without control characters', async () => {
+  test('the content of a manifest is printed without control characters', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -436,7 +438,7 @@ describe('in a target that others can write to', () => {
     expect(await disk.target.fails('restore', to, '--list')).toMatch(/manifest\.json is damaged: [^\x1b]*\n$/);
   });
 
-  test('sizes and counts have bounds, and say so', async () => {
+  test('sizes and counts are limited, and the message names the limit', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -457,24 +459,22 @@ describe('in a target that others can write to', () => {
       return lines.join('');
     };
     const many = Array.from({ length: 20_000 }, (_, n) => ({ ...point, id: n + 1, base: null }));
-    expect(await refusedWith(many)).toMatch(/names 20000 backups, and a target has at most 10000/);
-    expect(await refusedWith([{ ...point, size: 2 ** 52 }])).toMatch(
-      /backup 1 is of 4503599627370496 bytes .*more than/,
-    );
-    expect(await refusedWith([{ ...point, blockBytes: 1 }])).toMatch(/fields are missing, or are not what they should/);
+    expect(await refusedWith(many)).toMatch(/lists 20000 backups, and a target can have at most 10000/);
+    expect(await refusedWith([{ ...point, size: 2 ** 52 }])).toMatch(/backup 1 has 4503599627370496 bytes .*more than/);
+    expect(await refusedWith([{ ...point, blockBytes: 1 }])).toMatch(/fields are missing or invalid/);
     expect(await refusedWith([{ ...point, time: '../../x' }])).toMatch(/fields are missing/);
-    expect(await refusedWith([{ ...point }, { ...point }])).toMatch(/its backups are not in their order/);
-    // 400,000 of them are more than a manifest may have in bytes.
+    expect(await refusedWith([{ ...point }, { ...point }])).toMatch(/its backups are not in order/);
+    // 400,000 of them exceed the maximum size of a manifest.
     fs.writeFileSync(manifest, '');
     fs.truncateSync(manifest, 200 * MIB);
     expect(await disk.target.fails('restore', to, '--list')).toMatch(
-      /has 209715200 bytes, and at most 16777216 belong/,
+      /has 209715200 bytes, and can have at most 16777216/,
     );
     fs.writeFileSync(manifest, whole);
     const hashes = path.join(to, fs.readdirSync(to).find((name) => name.endsWith('.hashes')) as string);
     fs.truncateSync(hashes, 100 * GIB);
     expect(await disk.target.fails('restore', to, 'x')).toMatch(
-      /hashes is damaged: it has 107374182400 bytes, and at most/,
+      /hashes is damaged: it has 107374182400 bytes, and can have at most/,
     );
   });
 });

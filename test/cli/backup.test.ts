@@ -1,4 +1,4 @@
-/** Backups as an operator sees them: what is stored, what can be restored, what is kept, and what is said when it cannot be. */
+/** Backups as an operator sees them: what is stored, restored and kept, and the messages if that is impossible. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
@@ -7,7 +7,7 @@ import { BackedUpDisk, bases, hashOf, qemuMissing, readWithQemu, type BackupResu
 import { attach, diskUsage, lastLineOf, MIB, oneLineOf, patterned, testStore, WAYS, type Way } from './both-ways.js';
 
 const KIB = 1024;
-/** Objects are four of these: small disks are quick. */
+/** A quarter of an object: small disks keep the tests fast. */
 const UNIT = 256 * KIB;
 const SIZE = 48 * UNIT;
 
@@ -42,7 +42,7 @@ describe.each(WAYS)('%s', (way) => {
     await disk.trim(12 * UNIT, 4 * UNIT);
     await disk.write(30 * UNIT, patterned(UNIT, 4));
     const second = await disk.backup(to);
-    // 4 KiB at 5 MiB is one cluster of 64 KiB; zeros and holes are no data.
+    // 4 KiB at 5 MiB is one cluster of 64 KiB; zeros and holes are not data.
     expect(second).toMatchObject({ id: 2, kind: 'incremental', storedBytes: UNIT + 64 * KIB });
     expect(second.changedBytes).toBe(16 * UNIT);
     expect(diskUsage(second.file)).toBeLessThan(2 * UNIT);
@@ -53,7 +53,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await disk.target.ok('check')).toMatch(/, 0 problems/);
   });
 
-  test('a disk that grows, shrinks and grows again is restored in its size at each backup', async () => {
+  test('a disk that grows, shrinks and grows again is restored with the size of each backup', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     await disk.backup(to);
@@ -73,7 +73,7 @@ describe.each(WAYS)('%s', (way) => {
     }
   });
 
-  test('--no-base leaves nothing on the source and still stores only what differs', async () => {
+  test('--no-base leaves no snapshot on the source and still stores only differences', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     expect(await disk.backup(to, '--no-base')).toMatchObject({ kind: 'full', base: null });
@@ -95,7 +95,7 @@ describe.each(WAYS)('%s', (way) => {
 
 describe('one by one', () => {
   const way = 'directly on the store';
-  test('the snapshot of the last backup is the only one that is kept, and it is what was backed up', async () => {
+  test('only the snapshot of the last backup is kept, and it has the content of that backup', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     for (let id = 1; id <= 3; id++) {
@@ -107,7 +107,7 @@ describe('one by one', () => {
     }
   });
 
-  test('--keep 2 over five backups keeps the newest two, each of them right, and no file of the others', async () => {
+  test('--keep 2 over five backups keeps the newest two, both intact, and no file of the others', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     const dropped: number[] = [];
@@ -126,7 +126,7 @@ describe('one by one', () => {
     expect(diskUsage(to)).toBeLessThan(20 * UNIT + MIB);
   });
 
-  test('fewer are kept from one run to the next', async () => {
+  test('a smaller --keep in the next run drops backups', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     for (let id = 1; id <= 4; id++) {
@@ -137,7 +137,7 @@ describe('one by one', () => {
     expect(await disk.checkAll(to)).toEqual([5]);
   });
 
-  test('an image is brought up to date in place, and is a plain disk image at any time', async () => {
+  test('an image is updated in place, and is a plain disk image at all times', async () => {
     const disk = await diskWithData(way);
     const image = newTarget('vm.img');
     expect(await disk.backup(image)).toMatchObject({ id: 1, kind: 'full', file: image });
@@ -152,22 +152,22 @@ describe('one by one', () => {
     expect(hashOf(fs.readFileSync(image))).toBe(hashOf(disk.content));
     expect((await disk.backup(image)).notes).toEqual([]);
     expect(await disk.checkAll(image)).toEqual([4]);
-    // Somebody starts a guest from it.
+    // A guest is started from it.
     const fd = fs.openSync(image, 'r+');
     fs.writeSync(fd, Buffer.from('a journal'), 0, 9, UNIT);
     fs.closeSync(fd);
     const refused = lastLineOf(await disk.target.run(['backup', 'vm', '--to', image]), 1, 'backup');
-    expect(refused).toMatch(/vm\.img is damaged: .*--full begins anew/);
+    expect(refused).toMatch(/vm\.img is damaged: .*--full starts again/);
     expect(await disk.backup(image, '--full')).toMatchObject({ kept: [5] });
     fs.rmSync(image);
     expect(await disk.target.fails('backup', 'vm', '--to', image)).toMatch(/vm\.img is missing/);
     await disk.backup(image, '--full');
     expect(await disk.checkAll(image)).toEqual([6]);
     const many = await disk.target.run(['backup', 'vm', '--to', image, '--keep', '7']);
-    expect(oneLineOf(many, 2, 'backup')).toMatch(/is one image, .* --keep 7 needs a directory/);
+    expect(oneLineOf(many, 2, 'backup')).toMatch(/is an image, .* --keep 7 needs a directory/);
   });
 
-  test('what was written after a rollback is told apart from what was before it', async () => {
+  test('data written after a rollback is distinguished from data written before it', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     const old = Buffer.from(disk.content);
@@ -182,7 +182,7 @@ describe('one by one', () => {
     expect(await disk.checkAll(to)).toEqual([1, 2, 3]);
   });
 
-  test('two targets of one VDI side by side have a base each', async () => {
+  test('two targets of one VDI have a base each', async () => {
     const disk = await diskWithData(way);
     const [nightly, weekly] = [newTarget(), newTarget('weekly.img')];
     await disk.backup(nightly);
@@ -199,7 +199,7 @@ describe('one by one', () => {
     expect(hashOf(fs.readFileSync(weekly))).toBe(hashOf(disk.content));
   });
 
-  test('a base that somebody deleted is missed, and --compare or --full go on', async () => {
+  test('a deleted base is reported, and --compare or --full continues', async () => {
     const disk = await diskWithData(way);
     const to = newTarget();
     const { base } = await disk.backup(to);
@@ -212,7 +212,7 @@ describe('one by one', () => {
     expect(await disk.backup(to)).toMatchObject({ id: 3, changedBytes: 0 });
     await disk.target.ok('vdi', 'delete', `${(await bases(disk.target))[0]}`);
     const full = await disk.backup(to, '--full', '--keep', '2');
-    // The chain before it goes as a whole, when none of it is wanted any more.
+    // The previous chain is dropped as a whole, when none of its backups is kept any longer.
     expect(full).toMatchObject({ id: 4, kind: 'full', kept: [1, 2, 3, 4] });
     expect(await disk.checkAll(to)).toEqual([1, 2, 3, 4]);
     expect(await disk.backup(to, '--keep', '2')).toMatchObject({ kept: [4, 5], dropped: [1, 2, 3] });
@@ -228,15 +228,15 @@ describe('one by one', () => {
     await target.ok('vdi', 'delete', 'vm');
     await target.ok('vdi', 'delete', `vm@${base}`);
     await target.ok('vdi', 'create', 'vm', String(SIZE));
-    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/was deleted, or vm is another disk now/);
+    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/were deleted, or vm is now another disk/);
     // not even if the snapshot has the right name
     await target.ok('vdi', 'snapshot', 'vm', base as string);
     const refusal = await target.fails('backup', 'vm', '--to', to);
-    expect(refusal).toMatch(/is another one than that of the last backup/);
+    expect(refusal).toMatch(/is not the snapshot of the last backup/);
     expect(await target.names()).toEqual([`vm@${base}`, 'vm']);
   });
 
-  test('restore makes a VDI only if all of it is right, and writes over one only if told to', async () => {
+  test('restore creates a VDI only if the whole backup is intact, and overwrites one only with --overwrite', async () => {
     const disk = await diskWithData(way);
     const { target } = disk;
     const to = newTarget();
@@ -250,7 +250,7 @@ describe('one by one', () => {
       /^restored other from backup 1 of vm, .*: 4.25 MiB of data of 12 MiB, in [\d.]+ s\n$/,
     );
     expect(hashOf((await target.run(['export', 'other', '-'])).stdoutBytes)).toBe(disk.at.get(1));
-    // A byte of the image is turned.
+    // A byte of the image is changed.
     const file = path.join(to, 'base-1.img');
     const { atime, mtime } = fs.statSync(file);
     const fd = fs.openSync(file, 'r+');
@@ -261,10 +261,10 @@ describe('one by one', () => {
     expect(refusal).toMatch(/base-1\.img is damaged: the 1048576 bytes of the disk at 2097152 .*--verify.*--at/);
     expect(await target.names()).not.toContain('third');
     const verdict = await target.fails('restore', to, '--verify');
-    expect(verdict).toMatch(/no backup is whole.*--full/);
+    expect(verdict).toMatch(/no backup is intact.*--full/);
   });
 
-  test('the list shows what there is, and --at takes numbers, days and times', async () => {
+  test('the list shows all backups, and --at takes numbers, days and times', async () => {
     const disk = await diskWithData(way);
     const { target } = disk;
     const to = newTarget();
@@ -280,7 +280,7 @@ describe('one by one', () => {
     expect(await target.json('restore', to, 'a', '--at', first)).toMatchObject({ id: 1 });
     expect(await target.json('restore', to, 'b', '--at', new Date().toISOString())).toMatchObject({ id: 2 });
     expect(await target.fails('restore', to, 'c', '--at', '2020-02-01')).toMatch(
-      /there is no backup 2020-02-01: kept are/,
+      /there is no backup 2020-02-01: the oldest is/,
     );
     expect(await target.fails('restore', to, 'c', '--at', '9')).toMatch(/there is no backup 9/);
     const usage = await target.run(['restore', to, 'c', '--at', 'yesterday']);
@@ -288,7 +288,7 @@ describe('one by one', () => {
   });
 });
 
-test('a backup of a disk that is being written is of one moment, and the writer goes on', async () => {
+test('a backup of a disk that is being written is of one moment, and the writer continues', async () => {
   const disk = await diskWithData('through a daemon');
   const { daemon } = disk.target;
   if (!daemon) throw new Error('invariant: there is a daemon');
@@ -351,7 +351,7 @@ test('qemu opens the newest file of a directory by itself, and sees which cluste
 });
 
 describe('a target', () => {
-  test('that was damaged is not built on, and it is said what to do', async () => {
+  test('that was damaged gets no new increment, and the message says what to do', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
@@ -360,7 +360,7 @@ describe('a target', () => {
     const { target } = disk;
     const refused = async (): Promise<string> => {
       const line = lastLineOf(await target.run(['backup', 'vm', '--to', to]), 1, 'backup');
-      expect(line).toMatch(/--verify' tells which backups are whole, and --full begins anew/);
+      expect(line).toMatch(/--verify' shows which backups are intact, and --full starts again/);
       expect(await bases(target)).toEqual([`vm@${second.base}`]);
       return line;
     };
@@ -372,17 +372,17 @@ describe('a target', () => {
     bad.fill(0xff, 65536 + 5, 65536 + 9);
     fs.writeFileSync(second.file, bad);
     expect(await refused()).toMatch(/0002-.*qcow2 .*is damaged/);
-    expect(await target.fails('restore', to, '--verify')).toMatch(/whole are: 1;/);
+    expect(await target.fails('restore', to, '--verify')).toMatch(/intact backups: 1;/);
     bad.fill(0, 0, 65536);
     fs.writeFileSync(second.file, bad);
     expect(await refused()).toMatch(/its header is not the one that was written/);
     fs.rmSync(second.file);
     expect(await refused()).toMatch(/0002-.*qcow2 is missing/);
     fs.writeFileSync(second.file, whole);
-    // As it was, but for its time: looked into, and found good.
+    // The old content with another time: it is compared, and accepted.
     const { notes } = await disk.backup(to);
     expect(notes.join()).toMatch(
-      /not as the last run left it: .*0002-.*; what is stored is compared .*,compared with the hashes, it is right$/,
+      /changed since the last run: .*0002-.*; comparing the stored backups .*,the stored backups match their hashes$/,
     );
     expect((await disk.backup(to)).notes).toEqual([]);
     const hashes = path.join(to, fs.readdirSync(to).find((name) => /^0004.*hashes$/.test(name)) as string);
@@ -393,10 +393,10 @@ describe('a target', () => {
     expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is damaged/);
     expect(await target.fails('restore', to, '--list')).toMatch(/manifest\.json is damaged/);
     fs.rmSync(path.join(to, 'manifest.json'));
-    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is missing: put it back/);
+    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is missing: restore it/);
   });
 
-  test('with a damaged chain gets a new one by --full, and what is whole can still be restored', async () => {
+  test('with a damaged chain gets a new one by --full, and intact backups can still be restored', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
@@ -411,7 +411,7 @@ describe('a target', () => {
     expect(await disk.checkAll(to)).toEqual([3, 4]);
   });
 
-  test('with a file missing gets a new chain by --full, which the old one does not hold up', async () => {
+  test('with a missing file gets a new chain by --full, which the old chain does not block', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
@@ -425,7 +425,7 @@ describe('a target', () => {
     expect(await disk.target.fails('restore', to, 'two', '--at', '2')).toMatch(/0002-.*qcow2 is missing/);
   });
 
-  test('that is damaged is not restored over a disk: the disk stays as it was', async () => {
+  test('that is damaged is not restored over a disk: the disk stays unchanged', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
@@ -439,7 +439,7 @@ describe('a target', () => {
     expect(hashOf((await disk.target.run(['export', 'vm', '-'])).stdoutBytes)).toBe(before);
   });
 
-  test('with an increment damaged behind our back keeps that from the image below it', async () => {
+  test('with an increment that was damaged since does not fold the damage into the image below it', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
@@ -452,12 +452,12 @@ describe('a target', () => {
     fs.utimesSync(second.file, atime, mtime);
     await disk.write(20 * UNIT, patterned(UNIT, 1));
     const refusal = await disk.target.fails('backup', 'vm', '--to', to, '--keep', '1');
-    expect(refusal).toMatch(/backup 3 was taken, but an old one could not be dropped: .*0002-.*is damaged/);
+    expect(refusal).toMatch(/backup 3 was taken, but an old backup could not be dropped: .*0002-.*is damaged/);
     await disk.target.ok('restore', to, 'one', '--at', '1');
     expect(hashOf((await disk.target.run(['export', 'one', '-'])).stdoutBytes)).toBe(disk.at.get(1));
   });
 
-  test('must be a place of its own, whose parent is there', async () => {
+  test('must be a directory or image of its own, with an existing parent', async () => {
     const disk = await diskWithData('directly on the store');
     const { target } = disk;
     const directory = temporaryDirectory();
@@ -465,22 +465,24 @@ describe('a target', () => {
     await disk.backup(to);
     await target.ok('vdi', 'create', 'other', '4M');
     expect(await target.fails('backup', 'other', '--to', to)).toMatch(/holds backups of "vm", not of "other"/);
-    expect(await target.fails('backup', 'vm', '--to', directory)).toMatch(/holds no backups, but other things \(vm\)/);
+    expect(await target.fails('backup', 'vm', '--to', directory)).toMatch(/holds other files \(vm\) and no backups/);
     const image = path.join(directory, 'an.img');
     fs.writeFileSync(image, 'something');
-    expect(await target.fails('backup', 'vm', '--to', image)).toMatch(/exists and is no backup target/);
+    expect(await target.fails('backup', 'vm', '--to', image)).toMatch(/exists and is not a backup target/);
     expect(fs.readFileSync(image, 'utf8')).toBe('something');
     const unmounted = path.join(directory, 'not', 'mounted');
-    expect(await target.fails('backup', 'vm', '--to', unmounted)).toMatch(/does not exist; make it, or mount the disk/);
+    expect(await target.fails('backup', 'vm', '--to', unmounted)).toMatch(
+      /does not exist; create it, or mount the disk/,
+    );
     expect(fs.existsSync(path.dirname(unmounted))).toBe(false);
     expect(await target.fails('backup', 'no-such-vm', '--to', path.join(directory, 'new'))).toMatch(/no VDI named/);
     expect(fs.existsSync(path.join(directory, 'new'))).toBe(false);
     expect(await target.fails('restore', directory, 'x')).toMatch(/there are no backups in .*; there are some in .*vm/);
-    expect(await target.fails('restore', image, 'x')).toMatch(/no backup target.*sheepgate import/);
+    expect(await target.fails('restore', image, 'x')).toMatch(/not a backup target.*sheepgate import/);
     expect(await target.fails('backup', 'vm', '--to', '/dev/null')).toMatch(/neither a file nor a directory/);
   });
 
-  test('that was copied while the original went on is told apart', async () => {
+  test('that was copied before later backups of the original is recognized as a copy', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
@@ -492,11 +494,11 @@ describe('a target', () => {
     await disk.backup(to);
   });
 
-  test('takes backups in their order whatever the clock says', async () => {
+  test('keeps backups in order even if the clock jumps', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();
     await disk.backup(to);
-    // As if the first had been taken in 2999: the clock went back since.
+    // As if the first had been taken in 2999, and the clock had been set back since.
     const manifest = path.join(to, 'manifest.json');
     const time = /"time": "(.*?)"/.exec(fs.readFileSync(manifest, 'utf8'))?.[1] as string;
     const compact = time.replaceAll(/[-:]|\.\d+/g, '');

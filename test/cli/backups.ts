@@ -1,6 +1,6 @@
 /**
- * What the tests of backups share: a disk whose content is known at every backup, and ways to read a backup back: by
- * ourselves, as qemu sees it, and restored.
+ * Shared by the tests of backups: a disk with known content at every backup, and three ways to read a backup back: with our own
+ * reader, with qemu, and restored.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -34,7 +34,7 @@ export interface BackupResult {
 
 export const hashOf = (data: Buffer): string => createHash('sha256').update(data).digest('hex');
 
-/** A VDI "vm" and what it must read as. */
+/** A VDI "vm" and its expected content. */
 export class BackedUpDisk {
   content: Buffer;
   readonly target: TestStore;
@@ -51,7 +51,7 @@ export class BackedUpDisk {
     await this.target.ok('vdi', 'create', 'vm', String(this.content.length), '--block-size-shift', '20');
   }
 
-  /** Write over a part only, as a client does: other objects stay as they are. */
+  /** Overwrite a part only, as a client does: other objects stay unchanged. */
   async write(offset: number, data: Buffer): Promise<void> {
     data.copy(this.content, offset);
     await this.#change((disk) => disk.write(offset, data));
@@ -75,12 +75,12 @@ export class BackedUpDisk {
     return result;
   }
 
-  /** Every backup that is kept reads as the disk was then, by its hashes and with qemu. */
+  /** Every kept backup reads as the disk was then, by its hashes and with qemu. */
   checkAll(to: string): Promise<number[]> {
     return this.#check(to, qemuMissing.length === 0);
   }
 
-  /** ... without qemu, which knows nothing of an image that waits for its place. */
+  /** ... without qemu, which cannot find an image that is not yet at its place. */
   checkAllByReading(to: string): Promise<number[]> {
     return this.#check(to, false);
   }
@@ -113,7 +113,7 @@ export class BackedUpDisk {
     await this.target.ok('vdi', 'delete', 'restored');
   }
 
-  /** Through the daemon if there is one, else in this process: starting another one takes its time. */
+  /** Through the daemon if there is one, else in this process, because starting another one is slow. */
   async #change(change: (disk: Disk) => Promise<void>): Promise<void> {
     const { store } = this.target;
     const operations = await openOperations({ store, isStoreGiven: true, mayCreate: false, control: undefined });
@@ -124,14 +124,14 @@ export class BackedUpDisk {
     await operations.close();
   }
 
-  /** The disk itself still is what it should be. */
+  /** The disk itself still has the expected content. */
   async checkSource(): Promise<void> {
     await this.target.ok('export', 'vm', this.#image, '--force', '--json');
     expectBytes(fs.readFileSync(this.#image), this.content);
   }
 }
 
-/** The bytes of an image and all that is below it, and that nothing is wrong with its tables. */
+/** The bytes of an image with its backing files; fails if its tables are wrong. */
 export async function readWithQemu(file: string): Promise<Buffer> {
   const isRaw = !file.endsWith('.qcow2');
   if (!isRaw) {

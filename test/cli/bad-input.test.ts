@@ -1,4 +1,4 @@
-/** What people get wrong: one clear line on stderr, exit code 1 for what cannot be done and 2 for what cannot be meant. */
+/** Bad input: one clear line on stderr, exit code 1 for what is impossible, and 2 for wrong usage. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -36,7 +36,7 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['vdi', 'create', 'a ', '1G'], /must not begin or end with a space/],
   [['vdi', 'create', 'vm', '1G'], /"vm" exists already/],
   [['vdi', 'create', 'old', '1G'], /"old" exists already/],
-  // sizes that are sizes, only not of a VDI
+  // valid sizes, but not for a VDI
   [['vdi', 'create', 'new', '1000'], /size 1000: must be a positive multiple of 512 bytes/],
   [['vdi', 'create', 'new', '5T'], /at most 4398046511104 bytes; a larger --block-size-shift allows more/],
   [['vdi', 'create', 'new', '65T', '--block-size-shift', '26'], /at most 70368744177664 bytes$/m],
@@ -91,10 +91,10 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['export', 'old', path.join(directory, 'out')], /snapshots only/],
   [['export', 'vm', directory], /is a directory; give a file's name/],
   [['export', 'vm', SMALL], /small\.img exists; --force replaces it/],
-  [['export', 'vm', path.join(directory, 'no', 'out')], /\/no does not exist; make it, or mount/],
+  [['export', 'vm', path.join(directory, 'no', 'out')], /\/no does not exist; create it, or mount/],
 ];
 
-/** What no command can mean; looked at before any store is. */
+/** Wrong usage, which is found before any store is opened. */
 const USAGE: readonly (readonly [readonly string[], RegExp])[] = [
   [['vdi', 'create', 'new', '0'], /a size must be above zero/],
   [['vdi', 'create', 'new', '-1'], /"-1" is no size/],
@@ -167,7 +167,7 @@ describe.each(WAYS)('%s', (way) => {
     },
   );
 
-  test('an image on stdin that is gzip or qcow2 is refused as a file is, and --raw takes it', async () => {
+  test('a gzip or qcow2 image on stdin is refused like a file, and --raw accepts it', async () => {
     for (const [name, bytes] of [
       ['gzip', fs.readFileSync(GZIP)],
       ['qcow2', fs.readFileSync(QCOW2)],
@@ -203,7 +203,7 @@ describe('wrong usage, whatever the store', () => {
     }
   });
 
-  test('--help and --version are no errors, and every command has an example', async () => {
+  test('--help and --version exit with 0, and every command has an example', async () => {
     expect((await cli(['--version'])).stdout).toMatch(/^\d+\.\d+\.\d+\n$/);
     const commands = [
       'serve',
@@ -220,15 +220,15 @@ describe('wrong usage, whatever the store', () => {
   });
 });
 
-describe('stores and sockets that are not what they should be', () => {
-  test('a cluster that cannot be reached is told in one line by every command', async () => {
+describe('wrong stores and sockets', () => {
+  test('every command reports an unreachable cluster in one line', async () => {
     for (const args of [['vdi', 'list'], ['serve'], ['vdi', 'create', 'x', '1G'], ['export', 'x', '-'], ['check']]) {
       const result = await cli([...args, '--cluster', '127.0.0.1:1']);
       expect(oneLineOf(result, 1, args.join(' '))).toMatch(/cannot connect to 127\.0\.0\.1:1/);
     }
   });
 
-  test('reading a store that does not exist is an error, and makes none', async () => {
+  test('reading a store that does not exist is an error, and creates none', async () => {
     const store = path.join(directory, 'mistyped');
     for (const args of [
       ['vdi', 'list'],
@@ -242,22 +242,22 @@ describe('stores and sockets that are not what they should be', () => {
     expect(fs.existsSync(store)).toBe(false);
   });
 
-  test('a file is no store', async () => {
+  test('a file in the place of a store is refused', async () => {
     for (const args of [['vdi', 'list'], ['vdi', 'create', 'x', '1M'], ['serve']]) {
       expect(oneLineOf(await cli(args, { store: SMALL }), 1, args.join(' '))).toMatch(
-        /is not a directory, so it is (?:no|not a) store/,
+        /is not a directory, so it (?:is no|is not a|cannot be a) store/,
       );
       expect(oneLineOf(await cli(args, { store: `${SMALL}/below` }), 1, args.join(' '))).toMatch(/not a directory/);
     }
   });
 
-  test('a store that may not be written is told as that', async (context) => {
+  test('a store without write permission is reported as such', async (context) => {
     const place = temporaryDirectory();
     fs.chmodSync(place, 0o555);
     try {
       fs.writeFileSync(path.join(place, 'probe'), '');
       fs.rmSync(path.join(place, 'probe'));
-      // root may write everywhere, except where nothing at all can be made
+      // root may write everywhere, except where no file can be created
       fs.rmSync(place, { recursive: true });
       if (!fs.existsSync('/sys/kernel')) return skipBecause(context, 'needs a user other than root, or /sys');
       const result = await cli(['vdi', 'create', 'x', '1M', '--store', '/sys/kernel/sheepgate']);
@@ -269,7 +269,7 @@ describe('stores and sockets that are not what they should be', () => {
     }
   });
 
-  test('a store of a newer format is refused and left as it is', async () => {
+  test('a store of a newer format is refused and not changed', async () => {
     const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
     await target.ok('vdi', 'create', 'x', '1M');
     const script = `import { open } from 'lmdb';
@@ -280,7 +280,7 @@ describe('stores and sockets that are not what they should be', () => {
     expect(await target.fails('vdi', 'list')).toMatch(/store format 99, this sheepgate knows format \d+/);
   });
 
-  test('--control must lead to a daemon, and to the one of the store that was named', async () => {
+  test('--control must lead to a daemon, and to the daemon of the named store', async () => {
     const daemon = await startDaemon();
     const other = storeWith(path.join(temporaryDirectory(), 'other'), undefined);
     await other.ok('vdi', 'create', 'x', '1M');
@@ -291,10 +291,10 @@ describe('stores and sockets that are not what they should be', () => {
       /no daemon: there is no/,
     );
     expect(await other.fails('vdi', 'list', '--control', SMALL)).toMatch(/not a socket/);
-    // Without --store the daemon's store will do.
+    // Without --store, any store of the daemon is accepted.
     const asked = await cli(['vdi', 'list', '--control', daemon.control]);
     expect(asked.code, asked.stderr).toBe(0);
-    // Something listens, but it is no daemon.
+    // A process listens there, but it is not a daemon.
     const stranger = path.join(directory, 'stranger.sock');
     const server = net
       .createServer((socket) => {

@@ -1,6 +1,6 @@
 /**
- * The two ways a command reaches a store: it opens the store itself, or a daemon has it and does the work. Tests of the
- * command line run over both and expect the same. Owns nothing beyond what the harness cleans up.
+ * The two ways in which a command reaches a store: it opens the store itself, or a daemon has the store open and does the work.
+ * Tests of the command line run in both ways and expect the same. Owns nothing beyond what the harness cleans up.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -36,7 +36,7 @@ export async function testStore(way: Way): Promise<TestStore> {
   return storeWith(store, daemon);
 }
 
-/** `always` goes with every command. */
+/** `always`: arguments of every command. */
 export function storeWith(store: string, daemon: Daemon | undefined, always: readonly string[] = []): TestStore {
   const run: TestStore['run'] = (args, options) => cli([...args, ...always], { store, ...options });
   const ok: TestStore['ok'] = async (...args) => {
@@ -58,7 +58,7 @@ export function storeWith(store: string, daemon: Daemon | undefined, always: rea
   };
 }
 
-/** The one line a refusal says on stderr; nothing else may be said, and no stack. */
+/** The one line of a refusal on stderr; fails if there is more, such as a stack. */
 export function oneLineOf(result: RunResult, code: number, what: string): string {
   expect({ code: result.code, signal: result.signal, stdout: result.stdout }, `${what}: ${result.stderr}`).toEqual({
     code,
@@ -97,7 +97,7 @@ export function patterned(size: number, seed: number): Buffer {
   return data;
 }
 
-/** Equal, without the minutes that toEqual takes to compare megabytes. */
+/** Buffers are equal; toEqual takes minutes to compare megabytes. */
 export function expectBytes(found: Buffer, wanted: Buffer): void {
   expect(found.length).toBe(wanted.length);
   if (found.equals(wanted)) return;
@@ -105,7 +105,7 @@ export function expectBytes(found: Buffer, wanted: Buffer): void {
   expect.fail(`byte ${at} is ${found[at]}, not ${wanted[at]}`);
 }
 
-/** Bytes a file or everything in a directory occupies. */
+/** Bytes that a file, or everything in a directory, occupies on the disk. */
 export function diskUsage(place: string): number {
   const status = fs.lstatSync(place, { throwIfNoEntry: false });
   if (!status) return 0; // gone since it was listed

@@ -1,4 +1,4 @@
-/** Documents: what they lead to is there, and the commands that they name exist. */
+/** Documents: the targets of their links, and the commands that they name, exist. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -14,7 +14,7 @@ const documents = FOLDERS.flatMap((folder) =>
 );
 const read = (file: string): string => fs.readFileSync(path.join(ROOT, file), 'utf8');
 
-/** The names by which links lead to headings, as GitHub makes them. */
+/** The anchors of headings, as GitHub makes them. */
 function anchorsOf(file: string): string[] {
   const headings = read(file).match(/^#+ .*$/gm) ?? [];
   return headings.map((heading) =>
@@ -26,7 +26,7 @@ function anchorsOf(file: string): string[] {
   );
 }
 
-test('links between documents lead to files and headings that are there', () => {
+test('links between documents lead to existing files and headings', () => {
   const dead = documents.flatMap((file) =>
     [...read(file).matchAll(/\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)/g)].flatMap(([link, target = '', anchor]) => {
       const place = target === '' ? file : path.join(path.dirname(file), target);
@@ -38,7 +38,7 @@ test('links between documents lead to files and headings that are there', () => 
   expect(dead).toEqual([]);
 });
 
-test('npm scripts, files and settings that CONTRIBUTING names are there', () => {
+test('npm scripts, files and settings that CONTRIBUTING names exist', () => {
   const text = read('CONTRIBUTING.md');
   const { scripts } = JSON.parse(read('package.json')) as { scripts: Record<string, string> };
   const named = [...text.matchAll(/\bnpm run ([\w:]+)/g)].map(([, name = '']) => name);

@@ -1,4 +1,4 @@
-/** An image onto a block device: not over what is in use, not over what it holds without being told, never in part, thin. */
+/** Exporting to a block device: never one in use, one with data only with --force, never a part of the image, and thin. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -34,14 +34,14 @@ function bytesOf(device: string, length: number): Buffer {
   return bytes;
 }
 
-test('a device that is mounted is not overwritten, with --force neither', async (context) => {
+test('a mounted device is not overwritten, not even with --force', async (context) => {
   if (!haveCommand('mkfs.ext4')) return skipBecause(context, 'mkfs.ext4 is not installed');
   const { target } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE);
   const files = temporaryDirectory();
   fs.writeFileSync(path.join(files, 'precious'), 'data');
   execFileSync('mkfs.ext4', ['-q', '-d', files, device], { stdio: 'pipe' });
-  // Read-only, so that nothing else changes it.
+  // Mounted read-only, so that nothing else changes it.
   const directory = mounted(context, device, '-oro');
   const before = bytesOf(device, SIZE);
   for (const force of [[], ['--force']]) {
@@ -52,11 +52,11 @@ test('a device that is mounted is not overwritten, with --force neither', async 
   expect(fs.readFileSync(path.join(directory, 'precious'), 'utf8')).toBe('data');
 });
 
-test('a device that is too small is not touched', async (context) => {
+test('a device that is too small is not written to', async (context) => {
   const { target } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE - MIB);
   const refused = oneLineOf(await target.run(['export', 'vm', device]), 1, 'export');
-  expect(refused).toMatch(/has 15728640 bytes, and the image 16777216: it does not fit; nothing was written/);
+  expect(refused).toMatch(/has 15728640 bytes, too few for the image of 16777216 bytes; nothing was written/);
   expect(bytesOf(device, SIZE - MIB).equals(Buffer.alloc(SIZE - MIB))).toBe(true);
 });
 
@@ -92,8 +92,8 @@ test.each([
   ['a member of a RAID (md)', '\xfc\x4e\x2b\xa9', SIZE - 64 * 1024],
   ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', 128 * 1024 + 4096],
   ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', SIZE - 128 * 1024],
-  ['data, of a kind that is not known', 'what is this', 500_000],
-  ['data, of a kind that is not known', 'in a sample between the ends', SIZE / 2 + 4096],
+  ['data of an unknown kind', 'what is this', 500_000],
+  ['data of an unknown kind', 'in a sample between the ends', SIZE / 2 + 4096],
 ])('%s asks for --force', async (what, mark, at) => {
   const { target } = await storeWithDisk();
   const file = path.join(temporaryDirectory(), 'made');
@@ -103,7 +103,7 @@ test.each([
   await onDevice(file, (device) => expectRefused(target, device, what));
 });
 
-/** With the file as a device, where there can be one. */
+/** Runs with the file as a loop device, if loop devices are available. */
 async function onDevice(file: string, work: (device: string) => Promise<void>): Promise<void> {
   let device: string;
   try {
@@ -125,7 +125,7 @@ async function expectRefused(target: TestStore, device: string, what: string): P
   expectBytes(bytesOf(device, SIZE), before);
 }
 
-test('zeros are given back: a device that was full is as thin as the disk', async (context) => {
+test('zeros are discarded: a device that was full becomes as thin as the disk', async (context) => {
   const { target, content } = await storeWithDisk();
   const { device, backing } = loopDevice(context, SIZE + 3 * MIB);
   const full = patterned(SIZE + 3 * MIB, 7);
@@ -138,17 +138,17 @@ test('zeros are given back: a device that was full is as thin as the disk', asyn
   const result = await target.run(['export', 'vm', device, '--force', '--json']);
   expect(result.code, result.stderr).toBe(0);
   expect(JSON.parse(result.stdout)).toMatchObject({ dataBytes: 3 * MIB, zeroBytes: SIZE - 3 * MIB });
-  // What lies behind the image is not ours.
+  // Data behind the image stays.
   expectBytes(bytesOf(device, SIZE + 3 * MIB), Buffer.concat([content, full.subarray(SIZE)]));
   expect(diskUsage(backing)).toBeLessThan(8 * MIB);
 });
 
-test('zeros are written where the device cannot give space back', async (context) => {
+test('zeros are written if the device does not support discard', async (context) => {
   const { target, content } = await storeWithDisk();
   const directory = path.join(temporaryDirectory(), 'ramfs');
   fs.mkdirSync(directory);
   try {
-    // It knows no holes to punch, so that a loop device over it does not either.
+    // It cannot punch holes, so a loop device on it cannot discard.
     execFileSync('mount', ['-t', 'ramfs', 'none', directory], { stdio: 'pipe' });
   } catch {
     return skipBecause(context, 'no ramfs can be mounted');
@@ -175,7 +175,7 @@ test('an empty thin device stays thin', async (context) => {
   expect(diskUsage(backing)).toBeLessThan(4 * MIB);
 });
 
-test('what is where the new image is made is not written through: links, fifos, and another export', async (context) => {
+test('links, fifos and another export at the path of the partial image are not written through', async (context) => {
   const { target, content } = await storeWithDisk();
   const directory = temporaryDirectory();
   const outside = path.join(temporaryDirectory(), 'precious');
@@ -188,26 +188,30 @@ test('what is where the new image is made is not written through: links, fifos, 
   await run('mkfifo', [`${out}.partial`]);
   expect(await target.fails('export', 'vm', out)).toMatch(/vm\.img\.partial is a fifo, not a regular file/);
   fs.rmSync(`${out}.partial`);
-  // Another one is at it; and then it was killed.
+  // Another export is writing it; then it was killed.
   const other = fs.openSync(`${out}.partial`, 'w');
   fs.writeSync(other, 'half');
   expect(tryLock(other)).toBe(true);
-  expect(await target.fails('export', 'vm', out)).toMatch(/another export is writing .*vm\.img; wait for it to end/);
+  expect(await target.fails('export', 'vm', out)).toMatch(
+    /another export is writing .*vm\.img; wait until it has ended/,
+  );
   expect(fs.readFileSync(`${out}.partial`, 'utf8')).toBe('half');
   fs.closeSync(other);
   expect((await target.run(['export', 'vm', out])).code).toBe(0);
   expectBytes(fs.readFileSync(out), content);
   expect(fs.readFileSync(outside, 'utf8')).toBe('precious');
-  // A link that leads nowhere is there, too.
+  // A dangling link counts as existing.
   const link = path.join(directory, 'link');
   fs.symlinkSync(path.join(directory, 'nowhere'), link);
   for (const force of [[], ['--force']]) {
-    expect(await target.fails('export', 'vm', link, ...force)).toMatch(/link is a symbolic link that leads nowhere/);
+    expect(await target.fails('export', 'vm', link, ...force)).toMatch(
+      /link is a symbolic link to a file that does not exist/,
+    );
   }
   expect(fs.existsSync(path.join(directory, 'nowhere'))).toBe(false);
 });
 
-test('a link to a directory on the way to the image is the operator’s, and is followed', async () => {
+test('a link to a directory in the path of the image is followed, because the operator gave it', async () => {
   const { target, content } = await storeWithDisk();
   const directory = temporaryDirectory();
   const real = path.join(directory, 'real');
@@ -217,7 +221,7 @@ test('a link to a directory on the way to the image is the operator’s, and is 
   expectBytes(fs.readFileSync(path.join(real, 'vm.img')), content);
 });
 
-/** By the shell, which redirects as an operator does. */
+/** Through a shell, with redirections as an operator types them. */
 function shell(target: TestStore, command: string, ...words: string[]): Promise<RunResult> {
   const env = { SHEEPGATE_STORE: target.store };
   return run('sh', ['-c', command.replaceAll('sheepgate', `'${process.execPath}' '${BIN}'`), 'sh', ...words], { env });
@@ -249,13 +253,13 @@ test('a read-only device is refused before anything is copied', async (context) 
   const { device } = loopDevice(context, SIZE);
   if (!haveCommand('blockdev')) return skipBecause(context, 'blockdev (util-linux) is not installed');
   execFileSync('blockdev', ['--setro', device]);
-  // Loop devices are used again, and stay what they were made.
+  // Loop devices are reused, and stay read-only.
   onTestFinished(() => void execFileSync('blockdev', ['--setrw', device]));
   const refused = oneLineOf(await target.run(['export', 'vm', device, '--force']), 1, 'export');
   expect(refused).toMatch(/is a read-only device; nothing was written; 'blockdev --setrw/);
 });
 
-test('writing zeros to a device ends when it is told to', async (context) => {
+test('writing zeros to a device ends on a signal', async (context) => {
   const { device: file } = loopDevice(context, SIZE);
   const device = await BlockDevice.open(file, false);
   try {
@@ -267,7 +271,7 @@ test('writing zeros to a device ends when it is told to', async (context) => {
   }
 });
 
-test('--force replaces what a link leads to, and the link stays', async () => {
+test('--force replaces the target of a link, and the link stays', async () => {
   const { target, content } = await storeWithDisk();
   const directory = temporaryDirectory();
   const real = path.join(temporaryDirectory(), 'real.img');
@@ -280,23 +284,23 @@ test('--force replaces what a link leads to, and the link stays', async () => {
   expectBytes(fs.readFileSync(real), content);
 });
 
-test('/dev/stdout is stdout, and no file is made among the devices or in /proc', async () => {
+test('/dev/stdout is stdout, and no file is created in /dev or /proc', async () => {
   const { target, content } = await storeWithDisk();
   const out = path.join(temporaryDirectory(), 'out.img');
   const result = await shell(target, 'sheepgate export vm /dev/stdout --force > "$1"', out);
   expect(result.code, result.stderr).toBe(0);
   expectBytes(fs.readFileSync(out), content);
   const missing = `/dev/sheepgate-${process.pid}`;
-  expect(await target.fails('export', 'vm', missing)).toMatch(/is in \/dev, and no device/);
-  expect(await target.fails('export', 'vm', '/proc/self/comm', '--force')).toMatch(/is in \/proc, and no device/);
+  expect(await target.fails('export', 'vm', missing)).toMatch(/is in \/dev and is not a device/);
+  expect(await target.fails('export', 'vm', '/proc/self/comm', '--force')).toMatch(/is in \/proc and is not a device/);
   expect(fs.existsSync(missing)).toBe(false);
 });
 
-test('an image that has no room, and one that has no directory, say where and what to do', async (context) => {
+test('for an image without space or directory, the error names the place and the remedy', async (context) => {
   const { target } = await storeWithDisk();
   const nowhere = path.join(temporaryDirectory(), 'nodir');
   expect(await target.fails('export', 'vm', path.join(nowhere, 'x.img'))).toContain(
-    `${nowhere} does not exist; make it`,
+    `${nowhere} does not exist; create it`,
   );
   const directory = path.join(temporaryDirectory(), 'small');
   fs.mkdirSync(directory);
@@ -308,7 +312,7 @@ test('an image that has no room, and one that has no directory, say where and wh
   try {
     const out = path.join(directory, 'x.img');
     expect(await target.fails('export', 'vm', out)).toContain(
-      `no space left for ${out} (ENOSPC), and nothing of it was kept`,
+      `no space left for ${out} (ENOSPC), and the partial image was removed`,
     );
     expect(fs.readdirSync(directory)).toEqual([]);
   } finally {
@@ -316,7 +320,7 @@ test('an image that has no room, and one that has no directory, say where and wh
   }
 });
 
-test('two exports to one file: whatever their order, one writes it and the other is refused', async () => {
+test('of two exports to one file, in any order, one writes it and the other is refused', async () => {
   const directory = temporaryDirectory();
   const file = path.join(directory, 'vm.img');
   const failing = new FailingDisk();

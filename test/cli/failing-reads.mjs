@@ -1,4 +1,4 @@
-// Loaded before sheepgate (node --import): files whose path has $EIO_ON in it cannot be read, as on a disk with bad sectors.
+// Loaded before sheepgate (node --import): files whose path contains $EIO_ON cannot be read, as on a disk with bad sectors.
 import fs from 'node:fs';
 import os from 'node:os';
 

@@ -1,6 +1,6 @@
 /**
- * What the operating system refuses of a file that was named on the command line: one line that says what was wanted, of which
- * path, why, and what to do; and never what Node says of it.
+ * Errors of the operating system for files that are named on the command line: one line with the operation, the path, the reason
+ * and what to do; never Node's own message.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -17,13 +17,13 @@ fs.writeFileSync(FILE, patterned(2 ** 20, 1));
 fs.symlinkSync('circle', inside('circle'));
 const LONG = inside('x'.repeat(256));
 const BELOW_A_FILE = path.join(FILE, 'below');
-/** As Node words it: "ENOENT: no such file or directory, open '…'". */
+/** Node's own message: "ENOENT: no such file or directory, open '…'". */
 const RAW = /E[A-Z]{3,}: /;
 
-describe('the words', () => {
+describe('the message', () => {
   const failed = (fields: Partial<SystemError>): SystemError => Object.assign(new Error('raw'), fields) as SystemError;
 
-  test('say what was wanted, of which path, why, and what to do', () => {
+  test('names the operation, the path, the reason and what to do', () => {
     expect(systemMessage(failed({ code: 'ENOENT', errno: -2, syscall: 'open', path: '/a' }))).toBe(
       'cannot open /a: no such file or directory (ENOENT); check the name, or mount the filesystem that belongs there',
     );
@@ -32,7 +32,7 @@ describe('the words', () => {
     );
   });
 
-  test('take the path from the caller where the call does not say it', () => {
+  test('takes the path from the caller if the error has none', () => {
     const full = failed({ code: 'ENOSPC', errno: -28, syscall: 'fdatasync' });
     expect(systemMessage(full, '/backup/vm1')).toMatch(
       /^cannot write \/backup\/vm1: no space left on device \(ENOSPC\); /,
@@ -40,7 +40,7 @@ describe('the words', () => {
     expect(systemMessage(full)).toMatch(/^cannot write: no space/);
   });
 
-  test('of what is no error of the system are its own', () => {
+  test('of an error that is not a system error is unchanged', () => {
     expect(reasonOf(new Error('it is a fifo'))).toBe('it is a fifo');
   });
 });
@@ -74,12 +74,12 @@ describe.each(WAYS)('%s', (way) => {
     [['export', 'vm', LONG], /\(ENAMETOOLONG\); give a shorter name/],
     [
       ['export', 'vm', LONG.slice(0, -2)],
-      /x was not written, nothing of it was kept: cannot .*\.partial: name too long/,
+      /x was not written, and the partial image was removed: cannot .*\.partial: name too long/,
     ],
     [['export', 'vm', inside('circle')], /circle: .*\(ELOOP\)/],
     [['backup', 'vm', '--to', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
     [['backup', 'vm', '--to', LONG], /\(ENAMETOOLONG\)/],
-    [['backup', 'vm', '--to', inside('none', 'vm')], /none does not exist; make it, or mount/],
+    [['backup', 'vm', '--to', inside('none', 'vm')], /none does not exist; create it, or mount/],
     [['restore', BELOW_A_FILE, 'new'], /below: not a directory \(ENOTDIR\)/],
     [['restore', LONG, '--list'], /\(ENAMETOOLONG\)/],
     [['vdi', 'list', '--control', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
@@ -87,7 +87,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await fails(...args)).toMatch(says);
   });
 
-  test('a place that is read-only', async (context) => {
+  test('a read-only place is reported as such', async (context) => {
     if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
     const place = path.join(readOnly, 'out');
     expect(await fails('export', 'vm', place)).toMatch(
@@ -99,15 +99,17 @@ describe.each(WAYS)('%s', (way) => {
     expect(await fails('backup', 'vm', '--to', `${place}.img`)).toMatch(/\(EROFS\); mount it writable/);
   });
 
-  test('a place that is full, and what to do', async (context) => {
+  test('a full place is reported, with what to do', async (context) => {
     if (full === undefined) return skipBecause(context, 'needs root, to mount');
     const place = path.join(full, 'out');
-    expect(await fails('export', 'vm', place)).toMatch(/no space left for .*out .*make room in/);
-    expect(await fails('backup', 'vm', '--to', place)).toMatch(/no space left in .*out: free some, or --keep fewer/);
+    expect(await fails('export', 'vm', place)).toMatch(/no space left for .*out .*free space in/);
+    expect(await fails('backup', 'vm', '--to', place)).toMatch(
+      /no space left in .*out: free some space, or --keep fewer/,
+    );
     expect(fs.readdirSync(full)).toEqual(['out']);
   });
 
-  test('an image with bad sectors is named, and what was made for it is gone', async () => {
+  test('an image with bad sectors is named, and the VDI that was created for it is removed', async () => {
     const preload = path.resolve(import.meta.dirname, 'failing-reads.mjs');
     const result = await target.run(['import', FILE, 'new'], {
       env: { EIO_ON: FILE, NODE_OPTIONS: `--import=${preload}` },
@@ -118,7 +120,7 @@ describe.each(WAYS)('%s', (way) => {
 });
 
 describe('stores', () => {
-  test('that cannot be made or looked at are told in the same words', async (context) => {
+  test('that cannot be created or read are reported in the same form', async (context) => {
     const create = await cli(['vdi', 'create', 'vm', '1M', '--store', LONG]);
     expect(oneLineOf(create, 1, 'create')).toMatch(/cannot inspect .*: name too long \(ENAMETOOLONG\)/);
     const readOnly = mountReadOnly(temporaryDirectory());
@@ -131,7 +133,7 @@ describe('stores', () => {
   });
 });
 
-test.for(WAYS)('an import into a store whose disk is full says which, and what to do, %s', async (way, context) => {
+test.for(WAYS)('an import into a store on a full disk names the disk and what to do, %s', async (way, context) => {
   const full = mountTmpfs('6M');
   if (full === undefined) return skipBecause(context, 'needs root, to mount');
   const store = path.join(full, 'store');
@@ -142,13 +144,13 @@ test.for(WAYS)('an import into a store whose disk is full says which, and what t
   fs.rmSync(image);
   const line = lastLineOf(result, 1, 'import');
   expect(line).toMatch(
-    /writing object .*: no space left on device \(ENOSPC\); make room on that filesystem, or delete VDIs and snapshots/,
+    /writing object .*: no space left on device \(ENOSPC\); free space on that filesystem, or delete VDIs and snapshots/,
   );
   expect(line).not.toMatch(/ENOSPC: no space/);
   await daemon?.stop();
 });
 
-test('who may not use a file or directory is told that, and the way out', async (context) => {
+test('missing permissions for a file or directory are reported, with the way out', async (context) => {
   if (process.getuid?.() !== 0 || !haveCommand('setpriv')) return skipBecause(context, 'needs root and setpriv');
   const place = temporaryDirectory();
   fs.chmodSync(place, 0o755);

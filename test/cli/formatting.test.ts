@@ -1,4 +1,4 @@
-/** The small pure parts of the command line: sizes, zero runs, trees. */
+/** The small pure functions of the command line: sizes, zero runs, trees. */
 import { describe, expect, test } from 'vitest';
 import { runsOf } from '../../src/jobs/buffer-runs.js';
 import { differences } from '../../src/jobs/disk-difference.js';
@@ -8,8 +8,8 @@ import { formatSize, parseSize, SizeError } from '../../src/text/size.js';
 import { treeLines, treeOf } from '../../src/cli/vdi-tree.js';
 import type { VdiRecord } from '../../src/operations/operations.js';
 
-describe('text of others', () => {
-  test('has no control characters when it is printed, and is otherwise as it was', () => {
+describe('text from outside', () => {
+  test('is printed without control characters, and otherwise unchanged', () => {
     expect(printable('\x1b[2J\x07\x9b\x7f\u202eab\u2066\u2028\ud800')).toBe(
       '\\x1b[2J\\x07\\x9b\\x7f\\u202eab\\u2066\\u2028\\ud800',
     );
@@ -19,7 +19,7 @@ describe('text of others', () => {
     expect(JSON.parse(printableJson(JSON.stringify(value)))).toEqual(value);
   });
 
-  test('is aligned as it is printed, in a table of any length', () => {
+  test('is aligned by its printed form, in a table of any length', () => {
     expect(table(['A', 'B'], [['\x1b', '1']])).toBe('A     B\n\\x1b  1\n');
     const rows = Array.from({ length: 300_000 }, (_, n) => [String(n)]);
     expect(table(['N'], rows, ['N']).split('\n')).toHaveLength(300_002);
@@ -75,7 +75,7 @@ describe('sizes', () => {
 describe('zero runs', () => {
   const UNIT = 64 * 1024;
 
-  test('neighbouring units of a kind are one run, and a tail shorter than a unit counts', () => {
+  test('neighbouring units of the same kind are one run, and a tail shorter than a unit counts', () => {
     const buffer = Buffer.alloc(4 * UNIT + 100);
     buffer[2 * UNIT] = 1;
     buffer[3 * UNIT - 1] = 1;
@@ -95,7 +95,7 @@ describe('zero runs', () => {
     ]);
   });
 
-  test('beside another buffer, what is the same is told from what differs', () => {
+  test('compared with another buffer, equal ranges are distinguished from differing ones', () => {
     const have = Buffer.alloc(4 * UNIT, 7);
     const want = Buffer.from(have);
     want.fill(0, UNIT, 2 * UNIT);
@@ -106,7 +106,7 @@ describe('zero runs', () => {
       { from: 2 * UNIT, to: 3 * UNIT, kind: 'data' },
       { from: 3 * UNIT, to: 4 * UNIT, kind: 'same' },
     ]);
-    // Data that is not far apart is written in one piece, with the zeros in between; without another buffer there are zeros.
+    // Ranges of data close to each other are written as one, with the zeros between them; without another buffer there are zeros.
     expect(differences(want.subarray(0, 2 * UNIT), undefined)).toEqual([{ from: 0, to: UNIT, kind: 'data' }]);
     const gaps = Buffer.alloc(UNIT);
     gaps[0] = gaps[8 * 1024] = 1;
@@ -134,17 +134,17 @@ describe('the tree', () => {
   const drawn = (vdis: VdiRecord[]): string[] =>
     treeLines(treeOf(vdis)).map((line) => line.replace(/ {2}\[.*\]$/, '').replace('  (you are here)', ' *'));
 
-  test('history goes straight down, clones branch off the snapshot they came from', () => {
+  test('the history is a straight line, and clones branch off their snapshots', () => {
     const vdis = [vdi(1, 0, 'a', 'one'), vdi(2, 1, 'a', 'two'), vdi(3, 2, 'a'), vdi(4, 1, 'b'), vdi(5, 1, 'c')];
     expect(drawn(vdis)).toEqual(['a@one', '│  ├─ b *', '│  └─ c *', 'a@two', 'a *']);
   });
 
-  test('a hundred snapshots in a row are no deeper than one', () => {
+  test('a hundred snapshots in a row are not indented deeper than one', () => {
     const vdis = Array.from({ length: 100 }, (_, i) => vdi(i + 1, i, 'a', `t${i}`));
     expect(drawn([...vdis, vdi(101, 100, 'a')]).every((line) => line.startsWith('a'))).toBe(true);
   });
 
-  test('a VDI whose parent is gone, or is itself, is a root and nobody is lost', () => {
+  test('a VDI whose parent is gone, or is itself, is a root, and no VDI is missing', () => {
     expect(drawn([vdi(7, 3, 'orphan'), vdi(8, 8, 'self')])).toEqual(['orphan *', 'self *']);
   });
 });

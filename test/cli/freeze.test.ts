@@ -1,4 +1,4 @@
-/** --freeze-cmd and --thaw-cmd: the guest holds still for the snapshot, and is thawed whatever happens. */
+/** --freeze-cmd and --thaw-cmd: the guest is frozen for the snapshot, and thawed whatever happens. */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -9,7 +9,7 @@ import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUnti
 import { BackedUpDisk, hashOf } from './backups.js';
 import { MIB, oneLineOf, patterned, testStore } from './both-ways.js';
 
-/** A "guest": commands append to a file what is done to it. */
+/** A "guest": the commands append to a file what they do. */
 function guest() {
   const file = path.join(temporaryDirectory(), 'guest');
   fs.writeFileSync(file, '');
@@ -49,14 +49,14 @@ test('the snapshot is taken between the two commands, and copying begins after t
   expect(result.code, result.stderr).toBe(0);
   expect(done()).toEqual(['freeze', 'snapshots: 0', 'snapshots: 1', 'thaw']);
   expect(JSON.parse(result.stdout)).toMatchObject({ id: 1 });
-  // With NAME@now it is the opening.
+  // With NAME@now, the open takes the snapshot.
   await target.ok('backup', 'vm', '--to', to, '--no-base', ...hooks());
   expect(done().slice(4)).toEqual(['freeze', 'thaw']);
   await target.ok('vdi', 'snapshot', 'vm', 'still', ...hooks());
   expect(done().slice(6)).toEqual(['freeze', 'thaw']);
 });
 
-test('if freezing fails there is a thaw, no snapshot and one line', async () => {
+test('if freezing fails, there is a thaw, no snapshot, and one line of error', async () => {
   const { target } = await newDisk();
   const { says, done } = guest();
   const to = path.join(temporaryDirectory(), 'vm');
@@ -69,7 +69,7 @@ test('if freezing fails there is a thaw, no snapshot and one line', async () => 
   expect(await target.names()).toEqual(['vm']);
 });
 
-test('if freezing hangs, the guest is thawed when the time is over, and what hangs is ended', async () => {
+test('if freezing hangs, the guest is thawed after the timeout, and the hanging command is killed', async () => {
   const { target } = await newDisk();
   const { says, done } = guest();
   const to = path.join(temporaryDirectory(), 'vm');
@@ -81,11 +81,11 @@ test('if freezing hangs, the guest is thawed when the time is over, and what han
   expect(await target.names()).toEqual(['vm']);
 });
 
-test('a snapshot that comes after the time is over is not used', async () => {
+test('a snapshot that is taken after the timeout is not used', async () => {
   const { target } = await newDisk();
   const { says, done } = guest();
   const to = path.join(temporaryDirectory(), 'vm');
-  // The daemon stands still from the freezing on; the thaw command, late, lets it go on.
+  // The daemon is stopped by the freeze command, and continued by the late thaw command.
   const pid = target.daemon?.child.pid;
   const hooks = [
     '--freeze-cmd',
@@ -94,17 +94,17 @@ test('a snapshot that comes after the time is over is not used', async () => {
     `${says('thaw')}; kill -CONT ${pid}`,
   ];
   const refusal = await target.fails('backup', 'vm', '--to', to, ...hooks, '--freeze-timeout', '3');
-  expect(refusal).toMatch(/the snapshot was not there 3 s after freezing began, and the thaw command was run/);
+  expect(refusal).toMatch(/the snapshot was not taken within 3 s of the freeze, and the thaw command was run/);
   expect(done()).toEqual(['freeze', 'thaw']);
   expect(await target.names()).toEqual(['vm']);
   expect(await target.fails('vdi', 'snapshot', 'vm', 'late', ...hooks, '--freeze-timeout', '3')).toMatch(
-    /was not there 3 s/,
+    /was not taken within 3 s/,
   );
   expect(await target.names()).toEqual(['vm']);
 });
 
 test.each(['SIGKILL', 'SIGTERM', 'SIGINT'] as const)(
-  '%s while the guest is frozen: it is thawed at once',
+  '%s while the guest is frozen thaws it at once',
   async (signal) => {
     const { target } = await newDisk();
     const { says, done } = guest();
@@ -131,7 +131,7 @@ test.each(['SIGKILL', 'SIGTERM', 'SIGINT'] as const)(
   },
 );
 
-test('SIGKILL while the freeze command is still at work: it is ended before the thaw, and freezes nothing after it', async () => {
+test('SIGKILL during the freeze command: the command is killed before the thaw, and freezes nothing after it', async () => {
   const { target } = await newDisk();
   const { says, done, file } = guest();
   const to = path.join(temporaryDirectory(), 'vm');
@@ -149,7 +149,7 @@ test('SIGKILL while the freeze command is still at work: it is ended before the 
   await ended(child);
   await waitUntil(() => done().includes('thaw'), 'it is thawed');
   fs.writeFileSync(go, '');
-  // A freeze command that was left alive would have frozen by the time that another one has.
+  // A freeze command that was left alive would freeze before a later one has.
   await target.ok(
     'vdi',
     'snapshot',
@@ -163,7 +163,7 @@ test('SIGKILL while the freeze command is still at work: it is ended before the 
   expect(done()).toEqual(['begin', 'thaw', 'next', 'end']);
 });
 
-test('a thaw that fails is tried again, and if it never works the backup is there and it is said', async () => {
+test('a thaw that fails is tried again; if it never works, the backup exists and the failure is reported', async () => {
   const disk = await newDisk();
   const { target } = disk;
   const { says, done } = guest();
@@ -174,13 +174,13 @@ test('a thaw that fails is tried again, and if it never works the backup is ther
   expect(done()).toEqual(['freeze', 'thaw', 'thaw']);
   const result = await target.run(['backup', 'vm', '--to', to, '--freeze-cmd', 'true', '--thaw-cmd', 'exit 7']);
   expect(result.code).toBe(1);
-  expect(result.stderr).toMatch(/note: the thaw command ended with 7: thaw by hand what is frozen\n/);
+  expect(result.stderr).toMatch(/note: the thaw command ended with 7: thaw the guest by hand\n/);
   expect(result.stderr).toMatch(/sheepgate: vm was backed up as 2, but the thaw command ended with 7/);
   disk.at.set(1, hashOf(disk.content)).set(2, hashOf(disk.content));
   expect(await disk.checkAll(to)).toEqual([1, 2]);
 });
 
-test('what the commands print does not get into the JSON, and one without the other is wrong usage', async () => {
+test('output of the commands does not get into the JSON, and one command without the other is wrong usage', async () => {
   const { target } = await newDisk();
   const to = path.join(temporaryDirectory(), 'vm');
   const noisy = ['--freeze-cmd', 'echo frozen', '--thaw-cmd', 'echo thawed'];
@@ -204,7 +204,7 @@ test('what the commands print does not get into the JSON, and one without the ot
   expect(await target.names()).toHaveLength(2);
 });
 
-test('guest-fsfreeze.py does it through a guest agent, whose stale answers it passes over', async (context) => {
+test('guest-fsfreeze.py freezes through a guest agent, and skips stale answers', async (context) => {
   if (!haveCommand('python3')) return skipBecause(context, 'python3 is not installed');
   const { target } = await newDisk();
   const heard: string[] = [];

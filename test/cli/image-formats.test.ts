@@ -1,4 +1,4 @@
-/** Images that are not raw: every format that qemu makes is recognised, refused with the line that helps, and --raw takes it. */
+/** Images that are not raw: every format that qemu writes is recognised and refused with a remedy, and --raw imports it. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
@@ -28,7 +28,7 @@ function image(directory: string, n: number): string {
 }
 
 describe('images made by qemu-img', () => {
-  needs('qemu-img')('are refused, from files and pipes, with a line that works', async () => {
+  needs('qemu-img')('are refused, from files and pipes, with a command that works', async () => {
     const directory = temporaryDirectory();
     const raw = path.join(directory, 'raw');
     const content = patterned(MIB, 3);
@@ -44,12 +44,12 @@ describe('images made by qemu-img', () => {
       );
       const piped = await cli(['import', '-', 'vm'], { store, input: fs.readFileSync(file) });
       expect(oneLineOf(piped, 1, format)).toMatch(new RegExp(`stdin is ${name.source} not a raw .* raw FILE disk.raw`));
-      // The line, up to the import.
+      // The command, up to the import.
       const [, line] = /convert it: (.*) && sheepgate import disk\.raw vm;/.exec(refusal) ?? [];
       await ok('sh', ['-c', `cd '${directory}' && rm -f disk.raw && ${line}`]);
       expectBytes(fs.readFileSync(path.join(directory, 'disk.raw')).subarray(0, content.length), content);
     }
-    // Not one of them has left anything, nor made a store.
+    // None of them has left anything, or created a store.
     expect(fs.existsSync(store)).toBe(false);
     const forced = await cli(['import', image(directory, 4), 'forced', '--raw'], { store });
     expect(forced.code, forced.stderr).toBe(0);
@@ -92,7 +92,7 @@ describe('images made by qemu-img', () => {
   });
 });
 
-test('what a guest may have on its disk is no other format', async () => {
+test('data that a guest may have on its disk is not taken for another format', async () => {
   const sector = (text: string, offset = 0): Buffer => {
     const bytes = Buffer.alloc(1024);
     bytes.write(text, offset, 'latin1');
@@ -110,7 +110,7 @@ test('what a guest may have on its disk is no other format', async () => {
   ]) {
     expect(foreignHead(head)).toBe(undefined);
   }
-  // The eight bytes alone are no footer; a file shorter than one has none.
+  // The eight bytes alone are not a footer; a file shorter than a footer has none.
   expect(foreignTail(sector('conectix').subarray(0, 512))).toBe(undefined);
   expect(foreignTail(Buffer.from('conectix'))).toBe(undefined);
   expect(foreignTail(sector('koly').subarray(0, 512))).toBe(undefined);
@@ -120,7 +120,7 @@ test('what a guest may have on its disk is no other format', async () => {
   expect((await cli(['import', luks, 'vm'], { store })).code).toBe(0);
 });
 
-test('the marks of packed and rare formats', () => {
+test('packed and rare formats are recognised by their magic numbers', () => {
   const bytes = (...parts: (string | readonly number[])[]): Buffer =>
     Buffer.concat([
       ...parts.map((part) => (typeof part === 'string' ? Buffer.from(part, 'latin1') : Buffer.from(part))),

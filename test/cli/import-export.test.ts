@@ -1,4 +1,4 @@
-/** Images in and out: sparse both ways, through files and pipes, interrupted, and onto readers that go away. */
+/** Import and export of images: sparse both ways, through files and pipes, interrupted, and with readers that go away. */
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import fs from 'node:fs';
@@ -71,7 +71,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(fs.readdirSync(directory).sort()).toEqual(['out.img', 'sparse.img']);
   });
 
-  test('zeros that are written out in the image take up no space either', async () => {
+  test('zeros in the image use no space either', async () => {
     const target = await testStore(way);
     const file = path.join(temporaryDirectory(), 'full.img');
     const content = Buffer.alloc(16 * MIB);
@@ -81,7 +81,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.json('vdi', 'show', 'vm')).toMatchObject({ allocatedBytes: 4 * MIB });
   });
 
-  test('pipes: stdin becomes a VDI of its length, stdout gives all its bytes', async () => {
+  test('an import from stdin makes a VDI of its length, an export to stdout gives all its bytes', async () => {
     const target = await testStore(way);
     const { content } = sparseImage(temporaryDirectory());
     const result = await target.run(['import', '-', 'vm'], { input: content });
@@ -122,7 +122,7 @@ describe.each(WAYS)('%s', (way) => {
     expectBytes(fs.readFileSync(out).subarray(0, content.length), content);
   });
 
-  test('--overwrite leaves nothing of what was there, beyond the end of the image too', async () => {
+  test('--overwrite leaves no old data, not even beyond the end of the image', async () => {
     const target = await testStore(way);
     const { file, content } = sparseImage(temporaryDirectory());
     expect((await target.run(['import', '-', 'vm'], { input: patterned(70 * MIB, 9) })).code).toBe(0);
@@ -137,7 +137,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.names()).toEqual(['vm@kept', 'vm']);
   });
 
-  test('--force replaces a file only when the new one is whole', async () => {
+  test('--force replaces a file only when the new one is complete', async () => {
     const target = await testStore(way);
     const directory = temporaryDirectory();
     const out = path.join(directory, 'out.img');
@@ -157,7 +157,7 @@ describe.each(WAYS)('%s', (way) => {
     const target = await testStore(way);
     const child = start(target.store, ['import', '-', 'half', '--raw'], ['pipe', 'ignore', 'pipe']);
     const stderr = collected(child);
-    // It has taken 8 MiB and waits for more, which never comes.
+    // It has read 8 MiB and waits for more, which never comes.
     await new Promise((resolve) => child.stdin?.write(patterned(8 * MIB, 1), resolve));
     if (target.daemon) await waitUntil(async () => (await target.names()).includes('half'), 'the import has begun');
     child.kill(signal);
@@ -168,7 +168,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.ok('check')).toMatch(/ 0 objects, 0 problems/);
   });
 
-  test('SIGINT during an import --overwrite leaves the VDI there', async () => {
+  test('SIGINT during an import --overwrite does not remove the VDI', async () => {
     const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '64M');
     const child = start(target.store, ['import', '-', 'vm', '--overwrite', '--raw'], ['pipe', 'ignore', 'pipe']);
@@ -178,7 +178,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.names()).toEqual(['vm']);
   });
 
-  test('SIGINT during an export removes the .partial file, keeps what was there, and exits with 130', async () => {
+  test('SIGINT during an export removes the .partial file, keeps the old file, and exits with 130', async () => {
     const target = await testStore(way);
     const directory = temporaryDirectory();
     const out = path.join(directory, 'out.img');
@@ -189,7 +189,7 @@ describe.each(WAYS)('%s', (way) => {
     await waitUntil(() => fs.existsSync(`${out}.partial`) || child.exitCode !== null, 'the export has begun');
     child.kill('SIGINT');
     const { code } = await ended(child);
-    // On a fast machine it may have been done already; then the file is whole.
+    // On a fast machine the export may have completed already; then the file is complete.
     if (code === 0) expect(fs.statSync(out).size).toBe(96 * MIB);
     else {
       expect(code).toBe(130);
@@ -205,7 +205,7 @@ describe.each(WAYS)('%s', (way) => {
     expect((await target.run(['import', '-', 'vm'], { input: patterned(16 * MIB, 1) })).code).toBe(0);
     const child = start(target.store, ['export', 'vm@now', '-'], ['ignore', 'pipe', 'pipe']);
     const stderr = collected(child);
-    // Its first bytes are there, and then the pipe fills up.
+    // The first bytes have arrived; then the pipe fills up.
     await once(child.stdout as NodeJS.ReadableStream, 'readable');
     child.kill('SIGINT');
     expect(await ended(child)).toEqual({ code: 130, signal: null });
@@ -222,7 +222,7 @@ describe.each(WAYS)('%s', (way) => {
     child.stdout?.destroy();
     expect(await ended(child)).toEqual({ code: 1, signal: null });
     expect(stderr()).toBe('sheepgate: the image on stdout is not complete: its reader is gone\n');
-    // The store was closed as it should be, the snapshot dropped.
+    // The store was closed properly, and the snapshot dropped.
     expect(await target.names()).toEqual(['vm']);
   });
 
@@ -245,7 +245,7 @@ describe.each(WAYS)('%s', (way) => {
     );
   });
 
-  test('a named pipe takes an image in order', async (context) => {
+  test('an export to a named pipe writes the image in order', async (context) => {
     if (!haveCommand('mkfifo')) return skipBecause(context, 'no mkfifo here');
     const target = await testStore(way);
     const content = patterned(5 * MIB, 3);
@@ -278,12 +278,12 @@ test('an export to a fifo fails when its reader leaves, and ends by a signal whi
   expect(exported.stderr).toContain(`the image on ${fifo} is not complete: its reader is gone`);
   const child = start(target.store, ['export', 'vm', fifo], ['ignore', 'ignore', 'pipe']);
   const stderr = collected(child);
-  await waitUntil(() => stderr().includes(`waiting for somebody to read ${fifo}`), 'it waits');
+  await waitUntil(() => stderr().includes(`waiting for a reader of ${fifo}`), 'it waits');
   child.kill('SIGTERM');
   expect((await ended(child)).code).toBe(143);
 });
 
-test('`vdi list | head`: a reader that has enough is no error', async () => {
+test('`vdi list | head`: a reader that stops reading is not an error', async () => {
   const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
   await target.ok('vdi', 'create', 'vm', '1M');
   const child = start(target.store, ['vdi', 'list'], ['ignore', 'pipe', 'pipe']);
@@ -293,7 +293,7 @@ test('`vdi list | head`: a reader that has enough is no error', async () => {
   expect(stderr()).toBe('');
 });
 
-test('an import under a name that a client has open meanwhile is refused by the daemon', async () => {
+test('the daemon refuses an import under a name that a client has open', async () => {
   const daemon = await startDaemon({ args: ['--create', 'vm:16M'] });
   const client = await attach(daemon, 'vm');
   const result = await cli(['import', '-', 'vm'], { store: daemon.store, input: patterned(MIB, 1) });
@@ -301,7 +301,7 @@ test('an import under a name that a client has open meanwhile is refused by the 
   await client.disconnect();
 });
 
-test('progress is drawn on a terminal and nowhere else', async (context) => {
+test('progress is drawn only on a terminal', async (context) => {
   if (!haveCommand('script'))
     return skipBecause(context, 'script (util-linux) is not installed, so there is no terminal');
   const store = path.join(temporaryDirectory(), 'store');

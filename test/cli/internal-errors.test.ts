@@ -1,4 +1,4 @@
-/** Faults of the program itself: what is said of them, and that none looks like success. The faults are put in by a preload. */
+/** Faults of the program itself: their messages, and that none looks like success. A preload injects the faults. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -34,16 +34,16 @@ test('the stack trace of an internal error names the lines of the sources', asyn
   expect(stderr).not.toContain('dist/bundle');
 });
 
-test('a command that stops before its end fails and says so', async () => {
+test('a command that stops before it is done fails with an error', async () => {
   // As if a callback got lost: nothing keeps the process alive.
   const preload = `require('node:fs').read = () => undefined;`;
   const image = path.join(directory, 'image');
   fs.writeFileSync(image, Buffer.alloc(65_536, 1));
   const line = oneLineOfFault(await sheepgateWith(preload, 'import', image, 'vm'));
-  expect(line).toContain('the command stopped before its end');
+  expect(line).toContain('the command stopped before it was done');
 });
 
-test('a native library that is not there is one line, with the way out', async () => {
+test('a missing native library is an error in one line, with the way out', async () => {
   for (const [what, preload] of [
     [
       'koffi',
@@ -67,7 +67,7 @@ test('a native library that is not there is one line, with the way out', async (
   }
 });
 
-test('a file of the program that is gone, as after an upgrade, is one line with the way out', async () => {
+test('a missing file of the program, as after an upgrade, is an error in one line, with the way out', async () => {
   const preload = `const module_ = require('node:module');
     const { _load } = module_;
     module_._load = function (...args) { return _load.call(this, args[0].replace(/^(\\.\\/vdi)-.*/, '$1-gone.js'), ...args.slice(1)); };`;

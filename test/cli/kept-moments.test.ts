@@ -1,4 +1,4 @@
-/** NAME@now and NAME@now:LABEL when connections break: the same moment comes back, or an error; never another moment. */
+/** NAME@now and NAME@now:LABEL when connections break: a client finds the same moment again, or gets an error; never another moment. */
 import path from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
@@ -29,7 +29,7 @@ async function attach(daemon: Daemon, name: string): Promise<NbdClient> {
   return client;
 }
 
-/** A disk that holds patterned(SIZE, 1), and who goes on writing it. */
+/** A disk that holds patterned(SIZE, 1), and a client that continues to write it. */
 async function served(args: readonly string[] = []): Promise<Served> {
   const daemon = await startDaemon({ args: ['--create', `disk:${SIZE}`, ...args] });
   const writer = await attach(daemon, 'disk');
@@ -51,7 +51,7 @@ async function content(client: NbdClient): Promise<Buffer> {
 const isMoment = async (client: NbdClient, seed: number): Promise<void> =>
   expectBytes(await content(client), patterned(SIZE, seed));
 
-/** Break the connection off, and wait until the daemon knows. */
+/** Break the connection, and wait until the daemon has noticed. */
 async function lose(target: TestStore, spec: string, client: NbdClient): Promise<void> {
   client.destroy();
   await waitUntil(async () => /kept/.test((await target.run(['vdi', 'show', spec])).stdout), `${spec} is kept`);
@@ -80,7 +80,7 @@ for (const spec of ['disk@now', 'disk@now:run1']) {
     await isGone(target, spec);
   });
 
-  test(`${spec}: one that leaves in order lets go of it at once`, async () => {
+  test(`${spec}: a client that disconnects in order ends the snapshot at once`, async () => {
     const { daemon, target } = await served();
     const reader = await attach(daemon, spec);
     await reader.disconnect();
@@ -88,7 +88,7 @@ for (const spec of ['disk@now', 'disk@now:run1']) {
   });
 }
 
-test('NAME@now: after the time that it was kept it is gone, and the next one is a new one', async () => {
+test('NAME@now: after --keep-now the snapshot ends, and the next open takes a new one', async () => {
   const { daemon, target, writer } = await served(['--keep-now', '1']);
   const reader = await attach(daemon, 'disk@now');
   reader.destroy();
@@ -99,7 +99,7 @@ test('NAME@now: after the time that it was kept it is gone, and the next one is 
   await again.disconnect();
 });
 
-test('a label that has ended is never another moment: after its time, after a restart, after an orderly end', async () => {
+test('a label that has ended never stands for another moment: after its time, a restart, or an orderly end', async () => {
   const { daemon, target, writer } = await served(['--keep-now', '1']);
   const late = await attach(daemon, 'disk@now:late');
   late.destroy();
@@ -131,7 +131,7 @@ test('a label that has ended is never another moment: after its time, after a re
 });
 
 for (const how of ['SIGKILL', 'SIGTERM'] as const) {
-  test(`NAME@now after ${how} of the daemon: its reader is refused as long as it goes on trying, and the log says why once`, async () => {
+  test(`NAME@now after ${how} of the daemon: its reader is refused as long as it tries again, and the reason is logged once`, async () => {
     const { daemon, writer } = await served();
     const reader = await attach(daemon, 'disk@now');
     await (how === 'SIGKILL' ? daemon.kill() : daemon.stop());
@@ -154,14 +154,14 @@ for (const how of ['SIGKILL', 'SIGTERM'] as const) {
   });
 }
 
-test('NAME@now after a restart: who had left in order, and who comes from elsewhere, is not refused', async () => {
+test('NAME@now after a restart: a client that had left in order, or comes from elsewhere, is not refused', async () => {
   const { daemon, writer } = await served(['--listen', 'tcp:127.0.0.1:0']);
   const orderly = await attach(daemon, 'disk@now');
   await orderly.disconnect();
   const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
   const elsewhere = await NbdClient.connect({ host: '127.0.0.1', port });
   await elsewhere.go('disk@now');
-  // That somebody has left is stored soon after, and with a stop: a kill before that refuses once too often, never too seldom.
+  // An orderly disconnect is stored soon after, and at a stop: a kill before that refuses once too often, never too seldom.
   await daemon.stop();
   elsewhere.destroy();
   writer.destroy();
@@ -173,12 +173,12 @@ test('NAME@now after a restart: who had left in order, and who comes from elsewh
   back.destroy();
 });
 
-test('one of four connections is lost and comes back, though the others have left in order meanwhile', async () => {
+test('one of four connections is lost and comes back, although the others have left in order meanwhile', async () => {
   const { daemon, target, writer } = await served();
   const four = [];
   for (let n = 0; n < 4; n++) four.push(await attach(daemon, 'disk@now'));
   await fill(writer, 2);
-  // They work side by side: none of them is another one come back.
+  // They are open at the same time: none of them is the return of another.
   for (const each of four) await isMoment(each, 1);
   four[0]?.destroy();
   for (const other of four.slice(1)) await other.disconnect();
@@ -190,7 +190,7 @@ test('one of four connections is lost and comes back, though the others have lef
   await isGone(target, 'disk@now');
 });
 
-test('several clients of one label: as long as one may come back, nobody gets another moment', async () => {
+test('several clients of one label: as long as one of them may come back, no client gets another moment', async () => {
   const { daemon, target, writer } = await served(['--listen', 'tcp:127.0.0.1:0']);
   const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
   const first = await attach(daemon, 'disk@now:run');
@@ -211,7 +211,7 @@ test('several clients of one label: as long as one may come back, nobody gets an
   await isGone(target, 'disk@now:run');
 });
 
-test('what is kept for one client is not given to another, who gets a moment of its own beside it', async () => {
+test('a snapshot that is kept for one client is not given to another, which gets its own', async () => {
   const { daemon, target, writer } = await served(['--listen', 'tcp:127.0.0.1:0']);
   const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
   const mine = await attach(daemon, 'disk@now');
@@ -245,7 +245,7 @@ test('NBD_OPT_INFO tells the size and time of the moment that GO then gives, als
   await back.go('disk@now');
   await isMoment(back, 1);
   await back.disconnect();
-  // Who only asks leaves nothing behind, and has not used a label.
+  // A client that only asks leaves no snapshot, and does not use up a label.
   const curious = await connect(daemon);
   expect(await curious.info('disk@now:later')).toMatchObject({ size: 16 * MIB });
   curious.destroy();
@@ -254,12 +254,11 @@ test('NBD_OPT_INFO tells the size and time of the moment that GO then gives, als
   await user.disconnect();
 });
 
-test('vdi delete, rollback and check end what is kept, and say so; who comes back gets an error', async () => {
+test('vdi delete, rollback and check end kept snapshots and report it; a client that comes back gets an error', async () => {
   const { daemon, target, writer } = await served();
   await target.ok('vdi', 'snapshot', 'disk', 'before');
   await writer.disconnect();
-  const ended = (spec: string): RegExp =>
-    new RegExp(`^ended ${spec} of \\S+, which was kept for process \\d+ .* until \\S+\\n`);
+  const ended = (spec: string): RegExp => new RegExp(`^ended ${spec} of \\S+, kept for process \\d+ .* until \\S+\\n`);
   const keep = async (spec: string): Promise<void> => lose(target, spec, await attach(daemon, spec));
 
   await keep('disk@now');
@@ -277,7 +276,7 @@ test('vdi delete, rollback and check end what is kept, and say so; who comes bac
   expect(await target.names()).toEqual(['disk@before']);
 });
 
-test('no more than four of a disk are kept; who comes back to one that had to go gets an error', async () => {
+test('at most four snapshots of a disk are kept; a client of one that had to end gets an error', async () => {
   const { daemon, target } = await served();
   for (let n = 0; n < 6; n++) await lose(target, `disk@now:${n}`, await attach(daemon, `disk@now:${n}`));
   await waitUntil(async () => (await target.names()).length === 5, 'four are kept');
@@ -286,7 +285,7 @@ test('no more than four of a disk are kept; who comes back to one that had to go
   await last.disconnect();
 });
 
-test('with --keep-now 0 nothing is kept, and who comes back gets an error instead of another moment', async () => {
+test('with --keep-now 0 no snapshot is kept, and a client that comes back gets an error instead of another moment', async () => {
   const { daemon, target } = await served(['--keep-now', '0']);
   for (const spec of ['disk@now', 'disk@now:run']) {
     const reader = await attach(daemon, spec);
@@ -296,7 +295,7 @@ test('with --keep-now 0 nothing is kept, and who comes back gets an error instea
   }
 });
 
-test('a daemon that is stopped for longer than the time has not let it pass for its clients', async () => {
+test('time in which the daemon is stopped (SIGSTOP) does not count against its clients', async () => {
   const { daemon, target, writer } = await served(['--keep-now', '3']);
   const reader = await attach(daemon, 'disk@now:run');
   await lose(target, 'disk@now:run', reader);
@@ -310,7 +309,7 @@ test('a daemon that is stopped for longer than the time has not let it pass for 
   await back.disconnect();
 });
 
-test('commands of sheepgate leave nothing behind, and a label that one was given stands for one moment', async () => {
+test('commands of sheepgate leave no snapshot behind, and a label in a command stands for one moment', async () => {
   const { target } = await served();
   const image = path.join(temporaryDirectory(), 'image');
   for (const spec of ['disk@now', 'disk@now', 'disk@now:mine']) {
@@ -322,7 +321,7 @@ test('commands of sheepgate leave nothing behind, and a label that one was given
   );
 });
 
-test('on a cluster: the moment of a client that was cut off is kept, found again, and ended by who needs it gone', async () => {
+test('on a cluster: the snapshot of a client that was cut off is kept, found again, and ended by a command that needs it', async () => {
   const cluster = await startStandIn();
   onTestFinished(() => cluster.stop());
   const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', `disk:${SIZE}`] });

@@ -1,4 +1,4 @@
-/** What a command loads: most of the time that a short one takes is spent on that, and thousands are run a day. */
+/** The modules that a command loads: loading takes most of the time of a short command, and thousands run per day. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -28,9 +28,9 @@ async function loadedBy(store: string, code: number, ...args: string[]): Promise
   return { names: [...new Set([...names, ...packages])].filter((name) => name !== BUNDLER).sort(), bytes };
 }
 
-/** The bundler's own few lines: a file by themselves or in another, as it likes. */
+/** The bundler's own helper code: a separate file, or part of another one. */
 const BUNDLER = 'rolldown-runtime';
-/** What koffi and lmdb load in their turn. */
+/** Packages that koffi and lmdb load. */
 const NATIVE = /^@|^(?:detect-libc|msgpackr|node-gyp-build-optional-packages|ordered-binary|weak-lru-cache)$/;
 
 test('a command loads neither the other commands, nor the kind of store that it does not open, nor the server', async () => {
@@ -47,23 +47,23 @@ test('a command loads neither the other commands, nor the kind of store that it 
   expect(directly.bytes).toBeLessThan(MAX_PARSED_BYTES);
 
   const daemon = await startDaemon({ store });
-  // koffi, to ask the kernel who the daemon is.
+  // koffi, for the credentials of the daemon (SO_PEERCRED).
   expect(withoutNative(await loadedBy(store, 0, 'vdi', 'list'))).toEqual(['koffi', 'remote', 'sheepgate']);
-  // A backup may have to go on without the daemon: with this version of the program, whichever is installed then.
+  // A backup may have to continue without the daemon, and with this version of the program, even if another one is installed then.
   const backup = await loadedBy(store, 0, 'backup', 'vm', '--to', path.join(temporaryDirectory(), 'to'));
   expect(backup.names).toEqual(expect.arrayContaining(['cluster', 'local-store', 'nbd', 'remote', 'vdi']));
   expect(backup.names).not.toContain('serve');
   await daemon.stop();
 });
 
-test('every file of the program is in strict mode, as the modules are that it is made of', () => {
+test('every file of the program is in strict mode, like its source modules', () => {
   const files = fs.readdirSync(BUNDLE).filter((file) => file.endsWith('.js'));
   expect(files).toContain('sheepgate.js');
   const lax = files.filter((file) => !/^["']use strict["'];/.test(fs.readFileSync(path.join(BUNDLE, file), 'utf8')));
   expect(lax).toEqual([]);
 });
 
-test('the help lists all commands all the same, and a wrong name is told the right one', async () => {
+test('the help still lists all commands, and the error for a mistyped name suggests the right one', async () => {
   const store = path.join(temporaryDirectory(), 'store');
   const { run: runs } = storeWith(store, undefined);
   const commandsIn = (help: string): string[] =>

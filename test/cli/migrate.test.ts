@@ -1,6 +1,6 @@
 /**
- * `sheepgate migrate` between two stores: what it copies and what not, whose VDIs it leaves alone, and what it says when
- * the two sides are not the same. Clusters are in test/sheep/migrate.test.ts.
+ * `sheepgate migrate` between two stores: what it copies and what not, which VDIs it does not touch, and its messages when the
+ * two sides differ. Clusters are in test/sheep/migrate.test.ts.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -20,7 +20,7 @@ import {
   type Place,
 } from './migration-stores.js';
 
-test('a VDI of that name that it did not make is left alone', async () => {
+test('an existing VDI of that name, made by another command, is not touched', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = await makeHistory(local, 'vm');
@@ -31,7 +31,7 @@ test('a VDI of that name that it did not make is left alone', async () => {
   });
   expect(await refused(local, there)).toMatch(/vm in \S* exists, .*nothing was touched; .*--as/);
   await checkContents(there, 'vm', new Map([['', own]]));
-  // Nor what another migration has begun.
+  // Nor one that another migration has begun.
   const other = localPlace();
   await withCatalog(other, async (catalog) => {
     await catalog.create('vm', MIB);
@@ -39,13 +39,13 @@ test('a VDI of that name that it did not make is left alone', async () => {
   });
   await migrate(other, there, '--as', 'half', '--sync');
   expect(await refused(local, there, '--as', 'half')).toMatch(/unfinished target of another migration/);
-  // Nor what it has finished.
+  // Nor one that another migration has finished.
   await migrate(local, there, '--as', 'done');
   expect(await refused(local, there, '--as', 'done')).toMatch(/exists/);
   await checkContents(there, 'done', contents);
 });
 
-test('what somebody wrote to the target between two runs is not undone', async () => {
+test('writes of another client to the target between two runs are not undone', async () => {
   const local = localPlace();
   const there = localPlace();
   const content = Buffer.alloc(2 * MIB);
@@ -55,7 +55,7 @@ test('what somebody wrote to the target between two runs is not undone', async (
   });
   await migrate(local, there, '--sync');
   await withCatalog(there, (catalog) => write(catalog, 'vm', content, MIB, patterned(512, 2)));
-  expect(await refused(local, there)).toMatch(/was written by somebody else since the last run.*delete vm@migrated-/);
+  expect(await refused(local, there)).toMatch(/was written by another client since the last run.*delete vm@migrated-/);
   await withCatalog(there, async (catalog) => {
     const vdi = await catalog.openVdi('vm');
     const found = Buffer.alloc(vdi.size);
@@ -65,7 +65,7 @@ test('what somebody wrote to the target between two runs is not undone', async (
   });
 });
 
-test('a disk that was deleted arrives as its snapshots', async () => {
+test('of a deleted disk, the snapshots are migrated', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = await makeHistory(local, 'vm');
@@ -76,7 +76,7 @@ test('a disk that was deleted arrives as its snapshots', async () => {
   await checkContents(there, 'vm', contents);
 });
 
-test('holes stay holes, and what did not change is neither copied nor compared again', async () => {
+test('holes stay holes, and unchanged data is neither copied nor compared again', async () => {
   const local = localPlace();
   const there = localPlace();
   await withCatalog(local, async (catalog) => {
@@ -97,7 +97,7 @@ test('holes stay holes, and what did not change is neither copied nor compared a
   });
 });
 
-/** As docs/backup.md says it. */
+/** The tree hash, as documented in docs/backup.md. */
 function hashOf(content: Buffer, blockBytes: number): string {
   const hash = createHash('sha256');
   for (let at = 0; at < content.length; at += blockBytes) {
@@ -108,7 +108,7 @@ function hashOf(content: Buffer, blockBytes: number): string {
   return hash.digest('hex');
 }
 
-test('the hash is what the documentation says, of every snapshot, whatever it was compared with', async () => {
+test('the hash of every snapshot is as documented, whatever it was compared with', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = await makeHistory(local, 'vm');
@@ -119,7 +119,7 @@ test('the hash is what the documentation says, of every snapshot, whatever it wa
   await checkContents(there, 'vm', contents);
 });
 
-test('what was trimmed since the snapshot before is trimmed there, and takes up no space', async () => {
+test('ranges that were trimmed since the previous snapshot are trimmed in the target, and use no space', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = new Map<string, Buffer>();
@@ -130,7 +130,7 @@ test('what was trimmed since the snapshot before is trimmed there, and takes up 
     await catalog.snapshot('vm', 'full');
     contents.set('full', Buffer.from(content));
     await trim(catalog, 'vm', content, 8 * MIB, 16 * MIB);
-    // Not a whole object, and written over with zeros.
+    // Not a whole object, and overwritten with zeros.
     await trim(catalog, 'vm', content, 2 * MIB, MIB);
     await write(catalog, 'vm', content, 28 * MIB, Buffer.alloc(4 * MIB));
     contents.set('', content);
@@ -158,7 +158,7 @@ async function damage(place: Place, tag: string, at: number): Promise<void> {
   fs.closeSync(fd);
 }
 
-test('a damaged copy is found, the place named, and mended as the message says', async () => {
+test('a damaged copy is found, its place is named, and the remedy in the message works', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = new Map<string, Buffer>();
@@ -179,7 +179,7 @@ test('a damaged copy is found, the place named, and mended as the message says',
   );
   expect(await refused(local, there, '--verify', 'only')).toMatch(expected);
   expect(await refused(local, there)).toMatch(expected);
-  // Whoever wants to look at nothing again does not find it.
+  // A run that does not compare again does not find it.
   await migrate(local, there, '--sync', '--verify', 'changed');
   await withCatalog(there, (catalog) => catalog.remove('vm@bad'));
   const result = await migrate(local, there);
@@ -187,7 +187,7 @@ test('a damaged copy is found, the place named, and mended as the message says',
   await checkContents(there, 'vm', contents);
 });
 
-test('a source that has no such VDI, two places that are one, and wrong usage are said in one line', async () => {
+test('a missing VDI, identical source and target, and wrong usage are reported in one line', async () => {
   const local = localPlace();
   const there = localPlace();
   await withCatalog(local, (catalog) => catalog.create('other', MIB));
@@ -210,7 +210,7 @@ test('a source that has no such VDI, two places that are one, and wrong usage ar
   expect(await usage(...zeros)).toMatch(/--missing=zero is for clusters.* is a local store/);
 });
 
-test('a target that somebody has open is refused, and so is a source that is a target itself', async () => {
+test('a target that is open is refused, and so is a source that is itself an unfinished target', async () => {
   const local = localPlace();
   await withCatalog(local, (catalog) => catalog.create('vm', MIB));
   const daemon = await startDaemon();
@@ -225,7 +225,7 @@ test('a target that somebody has open is refused, and so is a source that is a t
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('a target that is half an import is neither gone on with nor migrated from', async () => {
+test('a VDI of an unfinished import is neither continued as a target nor accepted as a source', async () => {
   const local = localPlace();
   const there = localPlace();
   await makeHistory(local, 'vm');
@@ -233,23 +233,23 @@ test('a target that is half an import is neither gone on with nor migrated from'
     catalog.begin('vm', { by: 'import', of: '', run: 'aa', size: 9 * MIB, overwrites: false, goesOn: false }),
   );
   expect(await refused(local, there)).toMatch(
-    /vm in .* is unfinished, of another migration or another command \(import\)/,
+    /vm in .* is unfinished, left by another migration or command \(import\)/,
   );
   expect(await refused(there, localPlace())).toMatch(/vm is unfinished: an import that began/);
-  // Nor one that an import began to overwrite between two runs.
+  // Nor a VDI that an import began to overwrite between two runs.
   const between = localPlace();
   await migrate(local, between, '--sync');
   await withCatalog(between, (catalog) =>
     catalog.begin('vm', { by: 'import', of: '', run: 'aa', size: 9 * MIB, overwrites: true, goesOn: false }),
   );
-  expect(await refused(local, between)).toMatch(/is unfinished, of another migration or another command \(import\)/);
+  expect(await refused(local, between)).toMatch(/is unfinished, left by another migration or command \(import\)/);
   await withCatalog(between, async (catalog) => {
     await expect(catalog.openVdi('vm')).rejects.toMatchObject({ code: 'UNFINISHED' });
   });
   expect(await refused(local, there, '--verify', 'only')).toMatch(/vm is unfinished: an import that began/);
 });
 
-test('an empty VDI of the same name and size is taken over: nobody loses anything with it', async () => {
+test('an empty VDI of the same name and size is used as the target: no data is lost', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = await makeHistory(local, 'vm');

@@ -1,6 +1,6 @@
 /**
- * Places to migrate between, disks with a history, and what has arrived of them: what the tests of `migrate` share. Owns
- * nothing beyond what the harness cleans up.
+ * Shared by the tests of `migrate`: stores and clusters to migrate between, disks with a history, and the comparison of the
+ * result. Owns nothing beyond what the harness cleans up.
  */
 import path from 'node:path';
 import { expect } from 'vitest';
@@ -30,7 +30,7 @@ export interface Result {
   readonly isFinished: boolean;
 }
 
-/** What a place must hold: tag, or '' for the working VDI, and content. */
+/** The expected content of a place, by tag, or '' for the working VDI. */
 export type Contents = Map<string, Buffer>;
 
 export interface Place {
@@ -79,7 +79,7 @@ export async function trim(
   await catalog.release(vdi);
 }
 
-/** A disk that has seen everything a history can hold: changes, trims, growing, a rollback, shrinking. */
+/** A disk with everything that a history can contain: changes, trims, growing, a rollback, shrinking. */
 export async function makeHistory(place: Place, name: string): Promise<Contents> {
   return withCatalog(place, async (catalog) => {
     const contents: Contents = new Map();

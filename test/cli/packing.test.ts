@@ -1,6 +1,6 @@
 /**
- * What `npm pack` makes, installed as on a machine that has never seen the sources: what is in it, what npm fetches for it,
- * and that it serves a disk. The registry is one on loopback that has what is in node_modules/; no other can be reached.
+ * The package of `npm pack`, installed as on a machine without the sources: its files, the packages that npm fetches for it, and
+ * that it serves a disk. The registry runs on loopback and has the packages of node_modules/; no other registry can be reached.
  */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -12,7 +12,7 @@ import { startRegistry, type Registry } from '../harness/registry.js';
 import { oneLineOf } from './both-ways.js';
 
 const ROOT = path.resolve(import.meta.dirname, '../..');
-/** Compressed; native libraries come on their own. */
+/** Compressed, without the native libraries, which are separate packages. */
 const MAX_PACKED_BYTES = 1_000_000;
 const PACKED =
   /^(?:bin\/|dist\/bundle\/|docs\/|examples\/|nbd\/docs\/|(?:bench|nbd)\/\w+\.md$|src\/store\/local\/FORMAT\.md$|\w+\.md$|LICENSE$|package\.json$)/;
@@ -84,7 +84,7 @@ describe.skipIf(missing.length > 0)('the packed program', () => {
     expect(names.filter((file) => /\.map$|\.tsbuildinfo$|^(?:src|test)\//.test(file))).toEqual([]);
   });
 
-  test('has every document that its documents lead to', () => {
+  test('has every document that its documents link to', () => {
     const dead = files
       .filter((file) => file.endsWith('.md'))
       .flatMap((file) => {
@@ -96,7 +96,7 @@ describe.skipIf(missing.length > 0)('the packed program', () => {
     expect(dead).toEqual([]);
   });
 
-  test('is installed with its native packages only, of the versions that were tested, and without their scripts', async () => {
+  test('is installed with only its native packages, in the tested versions, and without their scripts', async () => {
     await install('plain', '--ignore-scripts');
     const { dependencies } = JSON.parse(fs.readFileSync(path.join(unpacked, 'package.json'), 'utf8')) as {
       dependencies: Record<string, string>;
@@ -144,7 +144,7 @@ describe.skipIf(missing.length > 0)('the packed program', () => {
     expect(await ended(daemon), said).toEqual({ code: 0, signal: null });
   });
 
-  test('says in one line that native libraries are missing', async () => {
+  test('reports missing native libraries in one line', async () => {
     const list = (): ReturnType<typeof run> =>
       run(program('plain'), ['vdi', 'list', '--store', path.join(directory, 'store')]);
     for (const scope of ['@lmdb', '@koromix']) {

@@ -1,4 +1,4 @@
-/** A store on a read-only filesystem: it can be looked at, copied, backed up and served, and nothing else. */
+/** A store on a read-only filesystem: it can be listed, copied, backed up and served, but not changed. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -17,7 +17,7 @@ async function store(): Promise<{ directory: string; image: string }> {
   return { directory, image };
 }
 
-test('a store on a read-only filesystem is listed, exported, backed up and migrated, and says so in one line', async (context) => {
+test('a store on a read-only filesystem is listed, exported, backed up and migrated, with a note in one line', async (context) => {
   const { directory, image } = await store();
   const mounted = mountReadOnly(directory);
   if (mounted === undefined) return skipBecause(context, 'mounting needs root');
@@ -47,7 +47,7 @@ test('a store on a read-only filesystem is listed, exported, backed up and migra
   expect((await cliJson<unknown[]>(['vdi', 'list', '--store', target])).length).toBe(2);
 });
 
-test('a copy without the empty folders and the lock is read there like the store, and written to like it elsewhere', async (context) => {
+test('a copy without the empty folders and the lock is read there, and written elsewhere, like the store itself', async (context) => {
   const { directory, image } = await store();
   fs.rmSync(path.join(directory, 'lock'));
   fs.rmdirSync(path.join(directory, 'recent'));
@@ -108,14 +108,14 @@ needs('qemu-img', 'qemu-io')('a store on a read-only filesystem is served read-o
   expect(await ok('qemu-io', ['-r', '-f', 'raw', '-c', 'read -P 5 0 6M', daemon.uri('disk')])).toContain(
     'read 6291456',
   );
-  // Others can read beside it, and nobody can write.
+  // Other processes can read at the same time, and none can write.
   expect((await cli(['vdi', 'list', '--store', mounted])).code).toBe(0);
   const refused = await cli(['vdi', 'create', 'other', '1M', '--store', directory]);
   expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('holds the store') as string });
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('one that was not closed shows what was flushed, and says so; one that a daemon has is refused', async (context) => {
+test('a store that was not closed shows only flushed data, with a note; a store that a daemon has open is refused', async (context) => {
   const { directory, image } = await store();
   const mounted = mountReadOnly(directory);
   if (mounted === undefined) return skipBecause(context, 'mounting needs root');
@@ -129,6 +129,6 @@ test('one that was not closed shows what was flushed, and says so; one that a da
   const exported = path.join(temporaryDirectory(), 'exported');
   expect((await cli(['export', 'disk', exported, '--store', mounted])).code).toBe(0);
   expect(fs.readFileSync(exported).equals(fs.readFileSync(image))).toBe(true);
-  // Nothing of it was changed: the next start that may write still has to recover.
+  // The store was not changed: the next start that may write still has to recover.
   expect((await cli(['vdi', 'list', '--store', directory])).stderr).toContain('not shut down cleanly');
 });

@@ -1,18 +1,18 @@
-/** The tour of README.md, typed as it stands there, on the addresses and in the store that nobody has named. */
+/** The tour of README.md, run as it is written there, with the default addresses and the default store. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect } from 'vitest';
 import { BIN, cli, ended, needs, ok, run, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const README = path.resolve(import.meta.dirname, '../../README.md');
-/** What the tour calls a disk's size is too much to copy around here. */
+/** The disk size of the tour is too large to copy in a test. */
 const SMALLER = [
   [/\b10G\b/g, '64M'],
   [/\b20G\b/g, '128M'],
   [/\b10 GiB\b/g, '64 MiB'],
   [/\b20 GiB\b/g, '128 MiB'],
 ] as const;
-/** Whose ext4 README.md counts the objects of. */
+/** The version of mkfs.ext4 for which README.md shows the number of objects. */
 const MKFS = /mke2fs 1\.47\./;
 
 /** The lines of one chapter that a user types, not those for root. */
@@ -21,7 +21,7 @@ function typedIn(chapter: string): string[] {
   return [...text.matchAll(/^ {4}\$ (.*)$/gm)].map(([, line]) => line as string);
 }
 
-/** What is shown of the output of each of these lines, by line; of most nothing is. */
+/** The output that README.md shows for each of these lines, by line; most have none. */
 function shownIn(chapter: string): Map<string, string> {
   const text = fs.readFileSync(README, 'utf8').split(`\n## ${chapter}\n`)[1]?.split('\n## ')[0] ?? '';
   return new Map(
@@ -29,7 +29,7 @@ function shownIn(chapter: string): Map<string, string> {
   );
 }
 
-/** Without what is different each time, and the size that is too much. */
+/** Without values that differ in each run, and with the smaller size. */
 function timeless(text: string): string {
   const here = text.replace(/^ {4}/gm, '').replace(/\d{4}-\d\d-\d\dT[\d:]{8}[+-][\d:]{5}/g, 'TIME');
   return SMALLER.reduce((made, [size, smaller]) => made.replace(size, smaller), here).replace(
@@ -93,7 +93,7 @@ needs(
   ].join('\n');
   const result = await run('sh', ['-c', script], { cwd: directory, env });
   expect(result.code, result.stdout + result.stderr).toBe(0);
-  // What README.md shows of it is what it prints.
+  // The output is the one that README.md shows.
   const shown = shownIn('A tour');
   expect(shown.size).toBeGreaterThan(8);
   const printed = result.stdout.split(/^\$ .*\n/m).slice(1);

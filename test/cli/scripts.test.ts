@@ -1,4 +1,4 @@
-/** The scripts beside the program: --help is answered, and what they do not know is told in words and with 2, by each of them. */
+/** The scripts of the repository: each answers --help, and reports a wrong option in one line with exit code 2. */
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { run } from '../harness/daemon.js';
@@ -7,7 +7,7 @@ const ROOT = path.resolve(import.meta.dirname, '../..');
 const NODE_SCRIPTS = ['run', 'attacks', 'attack-clients', 'cluster', 'pauses'].map((name) => `bench/${name}.mjs`);
 const EXAMPLES = ['backup-now', 'ext4-from-folder', 'qemu-io-session', 'rsync-from-snapshot', 'snapshot-while-writing'];
 
-test('benchmarks and recorders answer --help, and say what is wrong', async () => {
+test('benchmarks and recorders answer --help, and report wrong options', async () => {
   await Promise.all(
     [...NODE_SCRIPTS, 'test/sheep/record.mjs'].map(async (script) => {
       const asked = await run(process.execPath, [script, '--help'], { cwd: ROOT });
@@ -32,7 +32,7 @@ test('benchmarks and recorders answer --help, and say what is wrong', async () =
   }
 });
 
-test('the benchmark of a cluster says what is missing where there are no nodes to be had', async () => {
+test('the benchmark of a cluster reports what is missing if there are no Sheepdog nodes', async () => {
   const env = { PATH: ROOT };
   const asked = await run(process.execPath, ['bench/cluster.mjs', '--quick'], { cwd: ROOT, env });
   expect(asked).toMatchObject({
@@ -42,7 +42,7 @@ test('the benchmark of a cluster says what is missing where there are no nodes t
   });
 });
 
-test('npm run fuzz does, too', async () => {
+test('npm run fuzz answers --help, and reports wrong options', async () => {
   const asked = await run('npm', ['run', '--silent', 'fuzz', '--', '--help'], { cwd: ROOT });
   expect(asked).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: npm run fuzz/) as string });
   const main = path.join(ROOT, 'nbd/test/fuzz/dist/test/fuzz/main.js');
@@ -57,7 +57,7 @@ test('npm run fuzz does, too', async () => {
   }
 });
 
-test('examples say what they are', async () => {
+test('examples answer --help with their description', async () => {
   for (const name of EXAMPLES) {
     const asked = await run('sh', [`examples/${name}.sh`, '--help'], { cwd: ROOT });
     expect(asked, name).toMatchObject({ code: 0, stderr: '' });

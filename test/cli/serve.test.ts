@@ -1,4 +1,4 @@
-/** `sheepgate serve`: how it starts, what it says, how it stops. */
+/** `sheepgate serve`: its start, its output, its end. */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -22,7 +22,7 @@ function logLines(log: string): LogLine[] {
     .map((line) => JSON.parse(line) as LogLine);
 }
 
-/** A free TCP port: taken a moment ago, and free again. */
+/** A TCP port that was free a moment ago. */
 async function freePort(): Promise<number> {
   const server = net.createServer().listen(0, '127.0.0.1');
   await new Promise((resolve) => server.once('listening', resolve));
@@ -31,7 +31,7 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-test('the ready line names store, sockets and URIs, and the default is for people', async () => {
+test('the ready line of --json names store, sockets and URIs; without --json the output is for people', async () => {
   const port = await freePort();
   const daemon = await startDaemon({ args: ['--create', 'my disk:1G', '--listen', `tcp:127.0.0.1:${port}`] });
   expect(daemon.ready).toEqual({
@@ -65,7 +65,7 @@ test('the ready line names store, sockets and URIs, and the default is for peopl
   expect(fs.existsSync(socket)).toBe(false);
 });
 
-test('--create makes what is missing, leaves what is there, and may be repeated', async () => {
+test('--create creates missing VDIs, leaves existing ones, and may be repeated', async () => {
   const first = await startDaemon({ args: ['--create', 'a:1G', '--create', 'b:2G'] });
   const client = await attach(first, 'a');
   await client.write(0, patterned(4096, 1));
@@ -78,7 +78,7 @@ test('--create makes what is missing, leaves what is there, and may be repeated'
   expect(second.log()).toMatch(/exists already, left as it is/);
 });
 
-test('a start that fails leaves nothing listening, and says why in one line', async () => {
+test('a start that fails leaves no listener, and reports the reason in one line', async () => {
   const directory = temporaryDirectory();
   const store = path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
@@ -124,7 +124,7 @@ test('a control socket whose name is too long is refused with the limit; a long 
   await daemon.stop();
 });
 
-test('a start that fails leaves no new store, and no new VDI in one that was there', async () => {
+test('a start that fails leaves no new store, and no new VDI in an existing store', async () => {
   const directory = temporaryDirectory();
   const socket = path.join(directory, 'nbd.sock');
   const file = path.join(directory, 'file');
@@ -165,11 +165,11 @@ test('a start that fails leaves no new store, and no new VDI in one that was the
     store: there,
   });
   expect(oneLineOf(snapshotsOnly, 1, 'serve')).toMatch(/"old" has snapshots only/);
-  // It was closed as it should be: no word of a recovery.
+  // It was closed properly: the log has no recovery.
   expect(await made.names()).toEqual(['old@s']);
 });
 
-test('SIGTERM during a start leaves no new store, and no new VDI in one that was there', async () => {
+test('SIGTERM during a start leaves no new store, and no new VDI in an existing store', async () => {
   const directory = temporaryDirectory();
   const there = path.join(directory, 'there');
   await storeWith(there, undefined).ok('vdi', 'create', 'old', '1M');
@@ -190,7 +190,7 @@ test('SIGTERM during a start leaves no new store, and no new VDI in one that was
   expect(await storeWith(there, undefined).names()).toEqual(['old']);
 });
 
-test('--create of a VDI that has another size says so on the terminal and in the log', async () => {
+test('--create of a VDI with another size is reported on the terminal and in the log', async () => {
   const directory = temporaryDirectory();
   const store = path.join(directory, 'store');
   const target = storeWith(store, undefined);
@@ -205,8 +205,8 @@ test('--create of a VDI that has another size says so on the terminal and in the
   child.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
   await waitUntil(() => out.includes('Ctrl-C'), 'it is ready');
   expect(out.split('\n').filter((line) => line.startsWith('note: '))).toEqual([
-    "note: e exists and has 16 MiB, not 32 MiB; it was left as it is ('sheepgate vdi resize' changes it)",
-    "note: e exists and has 16777216 bytes, not 16777728 bytes; it was left as it is ('sheepgate vdi resize' changes it)",
+    "note: e exists and has 16 MiB, not 32 MiB; its size was not changed ('sheepgate vdi resize' changes it)",
+    "note: e exists and has 16777216 bytes, not 16777728 bytes; its size was not changed ('sheepgate vdi resize' changes it)",
   ]);
   child.kill('SIGTERM');
   expect(await ended(child)).toEqual({ code: 0, signal: null });
@@ -217,10 +217,10 @@ test('--create of a VDI that has another size says so on the terminal and in the
   await daemon.stop();
 });
 
-test('a client that comes while a store is being opened is served when it is', async () => {
+test('a client that connects while a store is being opened is served when the store is open', async () => {
   const store = path.join(temporaryDirectory(), 'store');
   const socket = path.join(temporaryDirectory(), 'nbd.sock');
-  // Somebody has the store for a while.
+  // Another process has the store open for a while.
   const held = await LocalStore.open(store);
   const child = spawn(
     process.execPath,
@@ -237,7 +237,7 @@ test('a client that comes while a store is being opened is served when it is', a
   expect(await ended(child)).toEqual({ code: 0, signal: null });
 });
 
-test('a second daemon of a store is refused, two stores have two daemons', async () => {
+test('a second daemon of a store is refused; two stores can have two daemons', async () => {
   const first = await startDaemon({ args: ['--create', 'a:1M'] });
   const elsewhere = path.join(temporaryDirectory(), 'nbd.sock');
   const second = await cli(['serve', '--store', first.store, '--listen', `unix:${elsewhere}`]);
@@ -269,7 +269,7 @@ test('sockets left behind by a killed daemon are replaced', async () => {
   await first.kill();
   expect(fs.lstatSync(first.socket).isSocket()).toBe(true);
   expect(fs.lstatSync(first.control).isSocket()).toBe(true);
-  // Commands find that nobody listens, and open the store themselves.
+  // Commands find no listener, and open the store themselves.
   expect(await storeWith(first.store, undefined).run(['vdi', 'list'])).toMatchObject({ code: 0 });
   const child = spawn(
     process.execPath,
@@ -288,8 +288,8 @@ test('sockets left behind by a killed daemon are replaced', async () => {
   expect(fs.existsSync(first.control)).toBe(false);
 });
 
-test('NBD sockets are 0600, or what --socket-mode says; the control socket is always 0600', async () => {
-  // Stopped the moment it is ready: that must be a stop like any other.
+test('NBD sockets have mode 0600, or that of --socket-mode; the control socket still has 0600', async () => {
+  // Stopped as soon as it is ready: this must be a normal stop.
   for (const [args, mode] of [
     [[], 0o600],
     [['--socket-mode', '660'], 0o660],
@@ -329,7 +329,7 @@ test('one log line when a connection opens and one when it closes, none per requ
     'stopped',
   ]);
   expect(lines[2]).toMatchObject({ level: 30, export: 'disk', peer: `unix ${daemon.socket}` });
-  // The other one has no disk to close, and may be over sooner.
+  // The other connection has no disk to close, and may end sooner.
   const connection = lines[2]?.connection;
   expect(lines.find((line) => line.msg === 'connection closed' && line.connection === connection)).toMatchObject({
     level: 30,
@@ -365,7 +365,7 @@ test.each(['SIGTERM', 'SIGINT'] as const)(
   async (signal) => {
     const daemon = await startDaemon({ args: ['--create', 'disk:256M'] });
     const client = await attach(daemon, 'disk');
-    // 64 MiB are on their way, in 256 requests, when the signal comes.
+    // 64 MiB are in flight, in 256 requests, when the signal comes.
     const data = patterned(256 * 1024, 3);
     const outcomes: Promise<number>[] = [];
     for (let i = 0; i < 256; i++) {
@@ -390,14 +390,14 @@ test.each(['SIGTERM', 'SIGINT'] as const)(
   },
 );
 
-test('a second SIGTERM ends it at once, though a client does not take its answers', async () => {
+test('a second SIGTERM ends the daemon at once, even if a client does not read its replies', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });
   const socket = net.connect(daemon.socket).pause();
   await new Promise((resolve) => socket.once('connect', resolve));
   const client = await NbdClient.connect({ socket });
   await client.go('disk');
   await client.write(0, patterned(4 * MIB, 1));
-  // Its reads are answered into a socket that nobody empties: they stay in flight.
+  // The client does not read the replies, so its reads stay in flight.
   for (let i = 0; i < 16; i++) client.read(0, 4 * MIB).catch(() => undefined);
   socket.pause();
   daemon.child.kill('SIGTERM');
@@ -411,7 +411,7 @@ test('a second SIGTERM ends it at once, though a client does not take its answer
   expect(await storeWith(daemon.store, undefined).run(['check'])).toMatchObject({ code: 0 });
 });
 
-test('it goes on when nobody reads what it said at its start', async () => {
+test('the daemon runs on if nobody reads its output', async () => {
   const directory = temporaryDirectory();
   const socket = path.join(directory, 'nbd.sock');
   const args = [

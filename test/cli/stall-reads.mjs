@@ -1,5 +1,5 @@
-// Loaded before sheepgate (node --import): the third read of a block of data never ends. Whoever is to be killed in the
-// middle of its work waits there, however fast or slow the machine is.
+// Loaded before sheepgate (node --import): the third read of a block of data never ends. A process that is to be
+// killed in the middle of its work waits there, on fast and slow machines alike.
 
 const STALLED_READ = 3;
 const BLOCK_BYTES = 65_536;

@@ -1,4 +1,4 @@
-/** Root beside a service: what it makes in the store of another user must be that user's. Needs root and setpriv. */
+/** Commands as root on the store of a service user: the files that they make must belong to that user. Needs root and setpriv. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -18,14 +18,14 @@ import {
 import { StandIn } from '../sheep/stand-in.js';
 import { oneLineOf, patterned } from './both-ways.js';
 
-/** A user and a group without names: nobody's on any machine. */
+/** A user and a group without names, which no machine uses. */
 const UID = 54_321;
 const GID = 54_322;
 
 const isRoot = process.geteuid?.() === 0 && haveCommand('setpriv');
 if (!isRoot) console.log('skipped: root beside a service user needs root and setpriv');
 
-/** Our program where every user can read it, as it is installed: this checkout may lie where only its owner can go. */
+/** The program where every user can read it, as if installed: this checkout may be readable only by its owner. */
 function installed(): string {
   const checkout = path.dirname(path.dirname(BIN));
   const directory = temporaryDirectory();
@@ -44,7 +44,7 @@ function asOwner(...args: string[]) {
   return run(command as string, rest, { env: { HOME: '/nonexistent', XDG_RUNTIME_DIR: undefined } });
 }
 
-/** The directory of a service's store, empty, and one that only root can enter. */
+/** The empty directory of a service's store, and a directory that only root can enter. */
 function places() {
   const directory = temporaryDirectory();
   fs.chmodSync(directory, 0o755);
@@ -76,7 +76,7 @@ function ownersOf(directory: string): string[] {
 }
 
 describe.skipIf(!isRoot)('as root on the store of a service user', () => {
-  test('whatever is made there is that user’s, from what only root can read to where only root can write', async () => {
+  test('all files made there belong to that user; sources and targets may be readable and writable by root only', async () => {
     const { store, roots } = places();
     const image = path.join(roots, 'image');
     fs.writeFileSync(image, Buffer.alloc(9 * 2 ** 20, 7), { mode: 0o600 });
@@ -93,12 +93,12 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
     expect(fs.readFileSync(path.join(roots, 'exported')).equals(fs.readFileSync(image))).toBe(true);
     expect(fs.statSync(path.join(roots, 'exported')).uid).toBe(0);
-    // The service can do with it what it likes.
+    // The service can do everything with it.
     expect(await asOwner('vdi', 'delete', 'copy', '--store', store)).toMatchObject({ code: 0, stderr: '' });
     expect(await asOwner('check', '--store', store)).toMatchObject({ code: 0 });
   });
 
-  test('a backup goes where that user may write, and is restored from where only root can read', async () => {
+  test('a backup is written where that user may write, and restored from where only root can read', async () => {
     const { store, roots, directory } = places();
     expect((await cli(['vdi', 'create', 'disk', '8M', '--store', store])).code).toBe(0);
     const refused = await cli(['backup', 'disk', '--to', path.join(roots, 'backup'), '--store', store]);
@@ -120,7 +120,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
   });
 
-  test('a store that is made below that user’s directory is that user’s', async () => {
+  test('a store that is created below a directory of that user belongs to that user', async () => {
     const { store: home, roots } = places();
     const image = path.join(roots, 'image');
     fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
@@ -134,12 +134,12 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(await cli(['import', image, 'disk', '--store', below])).toMatchObject({ code: 0 });
     expect(ownersOf(home)).toEqual([`${UID}:${GID}`]);
     expect(await asOwner('check', '--store', below)).toMatchObject({ code: 0 });
-    // Below a directory of root's it is root's.
+    // Below a directory of root, it belongs to root.
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', path.join(roots, 'store')])).code).toBe(0);
     expect(ownersOf(roots)).toEqual(['0:0']);
   });
 
-  test('serve is refused with the line to type, and leaves the store alone', async () => {
+  test('serve is refused with the command to use instead, and does not touch the store', async () => {
     const { store } = places();
     const refused = await cli(['serve', '--store', store]);
     expect(refused).toMatchObject({
@@ -149,7 +149,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(fs.readdirSync(store)).toEqual([]);
   });
 
-  test('a service’s daemon serves what root has imported before', async () => {
+  test('the daemon of a service serves disks that root has imported', async () => {
     const { store, roots, directory } = places();
     const image = path.join(roots, 'image');
     fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
@@ -162,7 +162,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect((await ended(daemon)).code).toBe(0);
   });
 
-  test('a member of the service’s group commands its daemon through a socket that the group may use', async () => {
+  test('a member of the service’s group controls its daemon through a socket that the group may use', async () => {
     const { store, directory } = places();
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
     fs.chmodSync(store, 0o750);
@@ -176,7 +176,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     fs.chmodSync(path.join(store, 'control.sock'), 0o660);
     expect(await member('vdi', 'snapshot', 'disk', 'one')).toMatchObject({ code: 0, stderr: '' });
     expect(await cli(['vdi', 'list', '--store', store])).toMatchObject({ code: 0, stderr: '' });
-    // As in a home: root has not made that directory for a service, and whoever owns it could be anybody.
+    // As in a home directory: root did not create it for a service, and any user may own it.
     fs.chownSync(directory, UID, GID);
     for (const refused of [await member('vdi', 'list'), await cli(['vdi', 'list', '--store', store])]) {
       expect(oneLineOf(refused, 1, 'vdi list')).toMatch(/nothing was sent to .*: its directory belongs to uid 54321/);
@@ -186,7 +186,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect((await ended(daemon)).code).toBe(0);
   });
 
-  test('a file there that an earlier version made as root is named in the daemon’s log when a client needs it', async () => {
+  test('a file that an earlier version made as root is named in the daemon’s log when a client needs it', async () => {
     const { store, roots, directory } = places();
     const image = path.join(roots, 'image');
     fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
@@ -208,7 +208,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect((await cli(['check', '--store', store])).stdout).toContain(`${object} belongs to uid 0`);
   });
 
-  test('two stores of different users are not opened by one command', async () => {
+  test('one command does not open two stores of different users', async () => {
     const { store, directory } = places();
     const own = path.join(directory, 'own');
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', own])).code).toBe(0);
@@ -220,7 +220,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(fs.readdirSync(store)).toEqual([]);
   });
 
-  test('a disk is migrated between a cluster and the store, both ways, and what is remembered of the cluster stays root’s', async () => {
+  test('a disk is migrated between a cluster and the store, both ways, and the state of the cluster stays root’s', async () => {
     const { store, roots, directory } = places();
     const cluster = await new StandIn({ jitterMs: 0 }).start();
     const there = `cluster:${cluster.address}`;
@@ -231,7 +231,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
       expect(await cli(args, options), args.join(' ')).toMatchObject({ code: 0, stderr: '' });
     };
     expect((await cli(['import', '-', 'disk', '--size', '6M', '--store', store], { input: image })).code).toBe(0);
-    // A guest that was cut off, of a daemon that was killed: the migration has something to remember.
+    // A guest that was cut off from a killed daemon: the migration has state to store.
     const socket = path.join(directory, 'nbd.sock');
     const daemon = await startDaemon({
       cluster: cluster.address,
@@ -249,7 +249,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const copied = path.join(roots, 'copied');
     expect((await cli(['export', 'again', copied, '--store', store])).code).toBe(0);
     expect(fs.readFileSync(copied).equals(image)).toBe(true);
-    // What came up meanwhile was stored at the end: that the guest was cut off.
+    // The state was stored at the end: the guest was cut off.
     const [directoryOfCluster = ''] = fs.readdirSync(state);
     const facts = fs.readdirSync(path.join(state, directoryOfCluster));
     const texts = facts.map((name) => fs.readFileSync(path.join(state, directoryOfCluster, name), 'utf8'));
@@ -259,7 +259,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     await cluster.stop();
   }, 60_000);
 
-  test('beside a daemon that lets only root in, migrate says which daemon to start', async () => {
+  test('if the daemon’s socket is for root only, migrate says which daemon to start', async () => {
     const { store, roots } = places();
     const own = path.join(roots, 'own');
     const daemon = await startDaemon({ store: own, args: ['--create', 'disk:1M'] });
@@ -276,7 +276,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     await daemon.stop();
   });
 
-  test('a store that is to be made is its parent’s owner’s, and migrate says how to make it another’s', async () => {
+  test('a new store belongs to the owner of its parent directory, and migrate says how to make it another user’s', async () => {
     const { store, directory } = places();
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
     const fresh = path.join(directory, 'fresh');
@@ -295,7 +295,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(ownersOf(home)).toEqual([`${UID}:${GID}`]);
   });
 
-  test('check tells files with another owner, and how to mend it', async () => {
+  test('check reports files with another owner, and how to repair that', async () => {
     const { store } = places();
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
     for (const folder of ['objects/07', 'objects/08']) fs.chownSync(path.join(store, folder), 0, 0);
@@ -304,7 +304,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(found.stdout).toMatch(/^wrong owner: .* belongs to uid 0, the store to uid 54321, and 1 more/m);
     execFileSync('sh', ['-c', /find .*/.exec(found.stdout)?.[0] ?? 'false']);
     expect((await cli(['check', '--store', store])).code).toBe(0);
-    // What keeps the store from being opened is told as well.
+    // A file that prevents opening the store is reported as well.
     fs.chownSync(path.join(store, 'recent'), 0, 0);
     const refused = await asOwner('vdi', 'list', '--store', store);
     expect(refused).toMatchObject({

@@ -1,4 +1,4 @@
-/** NAME@now and NAME@now:LABEL as users see them: taken at the first open, gone after the last close, however it closes. */
+/** NAME@now and NAME@now:LABEL as users see them: taken at the first open, dropped after the last close, however that happens. */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -41,7 +41,7 @@ async function readAll(client: NbdClient, size = SIZE): Promise<Buffer> {
   return data;
 }
 
-/** Bytes of files that the daemon has open and nobody else can see: what it keeps for temporary snapshots. */
+/** Bytes of deleted files that the daemon has open: the data that it keeps for temporary snapshots. */
 function scratchOf({ child, store }: Daemon): number {
   let bytes = 0;
   const descriptors = `/proc/${child.pid}/fd`;
@@ -62,7 +62,7 @@ async function isGone(target: TestStore, spec: string): Promise<void> {
   await waitUntil(async () => !(await target.names()).includes(spec), `${spec} is gone`);
 }
 
-test('NAME@now is read-only, a point in time, and the writer goes on', async () => {
+test('NAME@now is read-only and of one point in time, and the writer continues', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const reader = await NbdClient.connect({ path: daemon.socket });
   expect(await reader.go('disk@now')).toMatchObject({ size: SIZE, readOnly: true, multiConn: true });
@@ -78,7 +78,7 @@ test('NAME@now is read-only, a point in time, and the writer goes on', async () 
   await writer.disconnect();
 });
 
-test('connections open at the same time share one snapshot; the next one after the last close is a new one', async () => {
+test('connections that are open at the same time share one snapshot; after the last close, the next open takes a new one', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const first = await attach(daemon, 'disk@now');
   await writeAll(writer, patterned(SIZE, 2));
@@ -96,7 +96,7 @@ test('connections open at the same time share one snapshot; the next one after t
   await writer.disconnect();
 });
 
-test('two labels are two snapshots side by side, each with its own point in time', async () => {
+test('two labels are two snapshots, each of its own point in time', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const nightly = await attach(daemon, 'disk@now:nightly');
   await writeAll(writer, patterned(SIZE, 2));
@@ -116,7 +116,7 @@ test('two labels are two snapshots side by side, each with its own point in time
   await writer.disconnect();
 });
 
-test('it is not listed as an export, can be asked about without being left behind, and cannot be deleted while it is read', async () => {
+test('it is not listed as an export, a query leaves no snapshot, and it cannot be deleted while it is read', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const asking = await NbdClient.connect({ path: daemon.socket });
   expect(await asking.info('disk@now')).toMatchObject({ size: SIZE, readOnly: true });
@@ -133,7 +133,7 @@ test('it is not listed as an export, can be asked about without being left behin
   await writer.disconnect();
 });
 
-test('a client that is killed lets go of it', async () => {
+test('it ends when its client is killed', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const script = `import { NbdClient } from 'nbd-server-ts';
     const client = await NbdClient.connect({ path: ${JSON.stringify(daemon.socket)} });
@@ -150,13 +150,13 @@ test('a client that is killed lets go of it', async () => {
   await writer.disconnect();
 });
 
-test('after the drop the space is back, and rewriting the disk makes no copies', async () => {
+test('after the drop its space is freed, and rewriting the disk makes no copies', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const before = objectsOf(daemon);
   const reader = await attach(daemon, 'disk@now');
   await writeAll(writer, patterned(SIZE, 2));
   await writer.flush();
-  // No object was copied: the old blocks are aside.
+  // No object was copied: the old blocks are kept separately.
   expect(objectsOf(daemon)).toBeLessThan(before + MIB);
   expect(scratchOf(daemon)).toBeGreaterThan(SIZE - MIB);
   await reader.disconnect();
@@ -172,7 +172,7 @@ test('after the drop the space is back, and rewriting the disk makes no copies',
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
 });
 
-test('a SIGKILLed daemon leaves nothing of it behind', async () => {
+test('a daemon that is killed (SIGKILL) leaves nothing of it behind', async () => {
   const { daemon, writer } = await daemonWithDisk(1);
   const reader = await attach(daemon, 'disk@now:nightly');
   await writeAll(writer, patterned(SIZE, 2));
@@ -190,7 +190,7 @@ test('a SIGKILLed daemon leaves nothing of it behind', async () => {
   expect(await target.ok('check')).toMatch(/, 0 problems/);
 });
 
-test('nothing of it is left after SIGTERM either, with its reader still there', async () => {
+test('nothing of it is left after SIGTERM either, with its reader still connected', async () => {
   const { daemon, writer } = await daemonWithDisk(1);
   const reader = await attach(daemon, 'disk@now');
   await writeAll(writer, patterned(SIZE, 2));
@@ -203,7 +203,7 @@ test('nothing of it is left after SIGTERM either, with its reader still there', 
   expect(await target.ok('check')).toMatch(/, 0 problems/);
 });
 
-test('one that an earlier version stored is dropped by whoever opens the store next, and said so', async () => {
+test('a temporary snapshot that an earlier version stored is dropped at the next open of the store, with a note', async () => {
   const store = path.join(temporaryDirectory(), 'store');
   expect((await cli(['vdi', 'create', 'disk', '32M'], { store })).code).toBe(0);
   const opened = await LocalStore.open(store);
@@ -218,11 +218,11 @@ test('one that an earlier version stored is dropped by whoever opens the store n
   expect(result.stderr).toMatch(/dropped 1 temporary snapshot/);
 });
 
-test('real clients that are killed let go of it: nbdcopy in the middle, and a libnbd shell', async (context) => {
+test('it ends when real clients are killed: nbdcopy in the middle of a copy, and a libnbd shell', async (context) => {
   if (!haveCommand('nbdcopy') || !haveNbdsh())
     return skipBecause(context, 'nbdcopy or python3-libnbd is not installed');
   const { daemon, target, writer } = await daemonWithDisk(1);
-  // Its reader does not read: nbdcopy stands still in the middle of the disk.
+  // The reader of its output does not read: nbdcopy stops in the middle of the disk.
   const copying = spawn('nbdcopy', ['--connections=2', daemon.uri('disk@now'), '-'], {
     stdio: ['ignore', 'pipe', 'inherit'],
   });

@@ -1,7 +1,6 @@
 /**
- * Commands that fill a VDI, ended before each of their steps in turn, as SIGKILL ends them: nothing is cleaned up. Whatever
- * the step, the VDI is not there, or marked as unfinished, or whole; and the same command again completes it. In a local
- * store and in a cluster.
+ * Commands that fill a VDI, ended before each of their steps in turn as by SIGKILL, without cleaning up. After any step, the VDI
+ * is absent, marked as unfinished, or complete; and the same command completes it. In a local store and in a cluster.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -26,11 +25,11 @@ import { localPlace, recordsOf, withCatalog, write, type Contents, type Place } 
 
 const SHIFT = 20;
 const NAME = 'vm';
-/** Of a command that must not end by itself before. */
+/** For a command that must not be ended. */
 const NEVER = Number.MAX_SAFE_INTEGER;
 
 /**
- * A cluster takes its time: of its steps every third, of a history of snapshots, which has many, every fifth; all of them in long
+ * A cluster is slow: every third step is tried, and every fifth of a history of snapshots, which has many; all of them in long
  * runs. The commands are the same as on a local store, where every step is tried.
  */
 const CLUSTER_STRIDE = byLength({ quick: 5, full: 3, long: 1 });
@@ -38,11 +37,11 @@ const CLUSTER_HISTORY_STRIDE = byLength({ quick: 8, full: 5, long: 1 });
 
 class Killed extends Error {}
 
-/** What changes something: before one of these a command ends. */
+/** Calls that change something: a command is ended before one of these. */
 const STEPS = new Set(['create', 'begin', 'finish', 'snapshot', 'rollback', 'resize', 'remove', 'openDisk']);
 const DISK_STEPS = new Set(['write', 'zero', 'flush', 'close']);
 
-/** `operations` until call number `at` of what changes something; from then on nothing is done any more. */
+/** `operations` until the changing call number `at`; from then on, no call does anything. */
 class Mortal {
   readonly operations: Operations;
   calls = 0;
@@ -54,7 +53,7 @@ class Mortal {
     this.operations = this.#wrap(operations, STEPS);
   }
 
-  /** What the system does for a process that is gone. */
+  /** What the operating system does when a process ends. */
   async bury(): Promise<void> {
     for (const disk of this.#disks) await disk.close().catch(() => undefined);
   }
@@ -82,7 +81,7 @@ class Mortal {
 
 interface Command {
   readonly label: string;
-  /** What is in the target before. */
+  /** The content of the target before. */
   readonly before?: (catalog: VdiCatalog) => Promise<Contents>;
   readonly run: (target: Operations) => Promise<unknown>;
   readonly after: Contents;
@@ -160,7 +159,7 @@ async function restoring(overwrites: boolean): Promise<Command> {
   };
 }
 
-/** Three snapshots, the last of which goes on from the first. */
+/** Three snapshots; the last one continues from the first. */
 async function migrating(sync: boolean): Promise<Command> {
   const from = localPlace();
   const after: Contents = new Map();
@@ -233,7 +232,7 @@ function ended(place: Place, { run }: Command, at: number): Promise<number> {
 
 type State = 'absent' | 'unfinished' | 'as before' | 'complete';
 
-/** Errors if what is there can be taken for what it is not. */
+/** Fails if a partial VDI could be taken for a complete one. */
 async function stateOf(catalog: VdiCatalog, before: Contents | undefined, after: Contents): Promise<State> {
   const records = await recordsOf(catalog, NAME);
   const working = records.find(({ isSnapshot }) => !isSnapshot);
@@ -283,7 +282,7 @@ async function clusterPlace(): Promise<{ place: Place; stop(): Promise<void> }> 
 
 describe.each(['a local store', 'a cluster'])('%s', (where) => {
   test.each(KINDS)(
-    'ended before any of its steps, a VDI is absent, unfinished or whole, and the next run completes it (%#)',
+    'if a command is ended before any step, its VDI is absent, unfinished or complete, and the next run completes it (%#)',
     async (kind) => {
       const command = await kind();
       const scene = async (): Promise<{ place: Place; before: Contents | undefined; stop(): Promise<void> }> => {
@@ -324,7 +323,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
   const place = async (): Promise<{ place: Place; stop(): Promise<void> }> =>
     where === 'a cluster' ? clusterPlace() : { place: localPlace(), stop: () => Promise.resolve() };
 
-  test('whoever lost the answer to the last step says that the disk is complete, and leaves it there', async () => {
+  test('a command that lost the answer to the last step says that the disk is complete, and keeps it', async () => {
     const lost = 'no answer from the daemon';
     for (const command of [importing(false), await restoring(false), await migrating(false)]) {
       const { place: to, stop } = await place();
@@ -346,29 +345,29 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
         );
       });
       const said = notes.splice(0).join('');
-      expect(`${error?.message} ${said}`, command.label).toContain(`${NAME} is complete all the same`);
+      expect(`${error?.message} ${said}`, command.label).toContain(`${NAME} is nevertheless complete`);
       expect(await withCatalog(to, (catalog) => stateOf(catalog, undefined, command.after))).toBe('complete');
       await stop();
     }
   }, 60_000);
 
-  test('what somebody else wrote between two runs of a migration stays, also if a run was cut off before it saw that', async () => {
+  test('writes of another client between two runs of a migration stay, even if a run was cut off before it saw them', async () => {
     const command = await migrating(true);
     const { place: to, stop } = await place();
     await withCatalog(to, command.before as NonNullable<Command['before']>);
     const content = Buffer.from(command.after.get('') as Buffer);
     await withCatalog(to, (catalog) => write(catalog, NAME, content, 0, patterned(8192, 99)));
-    // Its first step is the mark. It cannot take that away any more when it has seen what was written.
+    // Its first step is the mark. It can no longer remove the mark when it sees the writes.
     await ended(to, command, 2).catch(() => undefined);
     await withCatalog(to, async (catalog) => {
       expect((await catalog.find(NAME)).unfinished).toMatchObject({ by: 'migrate' });
     });
-    await expect(ended(to, command, NEVER)).rejects.toThrow(/was written by somebody else/);
+    await expect(ended(to, command, NEVER)).rejects.toThrow(/was written by another client/);
     await withCatalog(to, async (catalog) => expectBytes(await contentOf(catalog, NAME), content));
     await stop();
   }, 60_000);
 
-  test('what a migration that was cut off has carried over is not given up for an import or a restore', async () => {
+  test('an import or a restore does not replace the target of a migration that was cut off', async () => {
     const command = await migrating(false);
     const { place: to, stop } = await place();
     const steps = await ended(to, command, NEVER);

@@ -1,6 +1,6 @@
 /**
- * What a killed import or restore leaves, as operators and NBD clients see it: marked, refused, completed by the same
- * command, removed by delete; with a daemon and without, the command killed and the daemon killed.
+ * The VDI that a killed import or restore leaves, as operators and NBD clients see it: marked, refused, completed by the same
+ * command, removed by delete. With and without a daemon, with the command killed and with the daemon killed.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -16,7 +16,7 @@ interface Listed {
   readonly unfinished: { readonly by: string; readonly since: string } | null;
 }
 
-/** Not the file that a store tries its filesystem with while it is opened. */
+/** Not the file with which a store probes its filesystem while it is opened. */
 function objectFiles(store: string): number {
   const objects = path.join(store, 'objects');
   if (!fs.existsSync(objects)) return 0;
@@ -36,7 +36,7 @@ function waitsForStdin(pid: number): boolean {
   });
 }
 
-/** An import from a pipe that has given `data` and gives nothing more; resolves when there are `objects` more objects. */
+/** An import from a pipe that has written `data` and stays open; resolves when there are `objects` more objects. */
 async function importing(store: string, data: Buffer, objects: number, ...args: string[]): Promise<ChildProcess> {
   const before = objectFiles(store);
   const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--raw', ...args], {
@@ -52,7 +52,7 @@ async function importing(store: string, data: Buffer, objects: number, ...args: 
 async function killed(child: ChildProcess, target: TestStore): Promise<void> {
   child.kill('SIGKILL');
   await ended(child);
-  // What it says of a store that was not shut down cleanly is said once.
+  // The note about a store that was not shut down cleanly is printed once.
   if (!target.daemon) return void (await target.run(['vdi', 'list']));
   const isClosed = async (): Promise<boolean> => (await target.json('vdi', 'show', 'vm')).open === 0;
   await waitUntil(isClosed, 'the daemon has noticed');
@@ -120,7 +120,7 @@ describe.each(WAYS)('%s', (way) => {
     },
   );
 
-  test('what a killed import has left is deleted like any VDI, and nothing of it stays', async () => {
+  test('the VDI of a killed import is deleted like any VDI, and nothing of it is left', async () => {
     const target = await testStore(way);
     await killed(await importing(target.store, patterned(8 * MIB, 1), 1), target);
     await target.ok('vdi', 'delete', 'vm');
@@ -128,7 +128,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.ok('check')).toMatch(/ 0 objects, 0 problems/);
   });
 
-  test('an import --overwrite that was killed takes the old disk out of use, until it is done again or rolled back', async () => {
+  test('an import --overwrite that was killed makes the old disk unusable, until it is run again or rolled back', async () => {
     const target = await testStore(way);
     const old = patterned(16 * MIB, 2);
     expect((await target.run(['import', '-', 'vm', '--size', '16M'], { input: old })).code).toBe(0);
@@ -140,7 +140,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.ok('vdi', 'show', 'vm')).toMatch(
       /a rollback to one of its snapshots, or 'sheepgate vdi delete vm'/,
     );
-    // Another command must be told that it may.
+    // Another command needs --overwrite.
     expect(await target.fails('vdi', 'create', 'vm', '1M')).toMatch(/exists already/);
     expectBytes((await target.run(['export', 'vm@kept', '-'])).stdoutBytes, old);
     await target.ok('vdi', 'rollback', 'vm@kept');
@@ -164,7 +164,7 @@ describe.each(WAYS)('%s', (way) => {
     }
   });
 
-  test('a restore that was killed is marked as one, and an import does not take it for its own', async () => {
+  test('a restore that was killed is marked as a restore, and an import does not continue it', async () => {
     const target = await testStore(way);
     const content = patterned(24 * MIB, 5);
     expect((await target.run(['import', '-', 'original', '--size', '24M'], { input: content })).code).toBe(0);
@@ -188,7 +188,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 });
 
-test('when the daemon is killed the import fails, and the next daemon serves nothing of it', async () => {
+test('when the daemon is killed, the import fails, and the next daemon does not serve the VDI', async () => {
   const store = path.join(temporaryDirectory(), 'store');
   const first = await startDaemon({ store });
   const child = await importing(store, patterned(8 * MIB, 1), 1);
@@ -221,7 +221,7 @@ needs('qemu-img', 'nbdinfo')('qemu and libnbd are told why they cannot open it, 
   const list = await run('nbdinfo', ['--list', '--json', `nbd+unix://?socket=${daemon.socket}`]);
   expect(list.stdout).toMatch(/"other"/);
   expect(list.stdout).not.toMatch(/"vm/);
-  // Not even whoever knows the form in which the command opens it.
+  // Not even in the form in which the command itself opens it.
   const { socket } = daemon;
   const client = await NbdClient.connect({ path: socket });
   await expect(client.go('vm/unfinished=0123456789abcdef')).rejects.toThrow();
@@ -230,12 +230,12 @@ needs('qemu-img', 'nbdinfo')('qemu and libnbd are told why they cannot open it, 
 });
 
 describe('a pipe', () => {
-  test('that ends early is an error with --size, and its VDI stays marked; a whole one is not', async () => {
+  test('that ends early is an error with --size, and its VDI stays marked; a complete one does not', async () => {
     const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
     const input = patterned(4 * MIB, 1);
     const short = await target.run(['import', '-', 'vm', '--size', '8M'], { input });
     expect(oneLineOf(short, 1, 'import')).toMatch(
-      /stdin ended after 4194304 of 8388608 bytes; vm is unfinished now and cannot be opened: import again, or delete it/,
+      /stdin ended after 4194304 of 8388608 bytes; vm is now unfinished and cannot be opened: run import again, or delete it/,
     );
     expect((await stateOf(target))?.by).toBe('import');
     const long = await target.run(['import', '-', 'vm', '--size', '2M'], { input });
@@ -245,7 +245,7 @@ describe('a pipe', () => {
     expect(await stateOf(target)).toBe(null);
   });
 
-  test('from a broken archive does not give half a disk that looks whole', async () => {
+  test('from a broken archive does not make a partial disk that looks complete', async () => {
     const store = path.join(temporaryDirectory(), 'store');
     const file = path.join(temporaryDirectory(), 'cut.gz');
     const script = (args: string): string =>
@@ -256,11 +256,11 @@ describe('a pipe', () => {
     expect(checked.code).toBe(1);
     expect(checked.stderr).toMatch(/stdin ended after \d+ of 3000000 bytes/);
     expect((await stateOf(storeWith(store, undefined)))?.by).toBe('import');
-    // Whoever does not say how much has to come is told that nothing was checked.
+    // Without --size there is a note that the length was not checked.
     const unchecked = await run('sh', ['-c', script('')], { env });
     expect(unchecked.code).toBe(0);
     expect(unchecked.stderr).toMatch(
-      /note: stdin ended after \d+ bytes, and nothing says whether that was all.*--size/,
+      /note: stdin ended after \d+ bytes, and it is not known whether that was all.*--size/,
     );
   });
 
@@ -278,7 +278,7 @@ describe('a pipe', () => {
     expect((await redirected(`import - vm --overwrite < '${image}'`)).stderr).toMatch(untouched);
     expect((await redirected(`import - vm --overwrite --size 5M < /dev/zero`)).stderr).toMatch(untouched);
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, old);
-    // A part of the file is read by somebody else: what is left fits.
+    // Another process has read a part of the file: the rest fits.
     const command = `'${process.execPath}' '${BIN}' import - vm --overwrite --raw`;
     const rest = await run('sh', ['-c', `(dd bs=1M count=1 of=/dev/null status=none; ${command}) < '${image}'`], {
       env,
@@ -287,10 +287,10 @@ describe('a pipe', () => {
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, patterned(5 * MIB, 2).subarray(MIB));
   });
 
-  test('that is too large for a VDI, or for any, leaves no new store', async () => {
+  test('that is too large for this VDI, or for any VDI, leaves no new store', async () => {
     for (const [size, says] of [
       ['5T', /at most 4398046511104 bytes; a larger --block-size-shift allows more/],
-      ['65T', /no VDI has more than 70368744177664/],
+      ['65T', /a VDI can have at most 70368744177664/],
     ] as const) {
       const store = path.join(temporaryDirectory(), 'store');
       const failed = await cli(['import', '-', 'vm', '--size', size], { store, input: Buffer.alloc(MIB) });
@@ -299,7 +299,7 @@ describe('a pipe', () => {
     }
   });
 
-  test('from which nothing comes makes no store and holds none', async () => {
+  test('without data creates no store and keeps none open', async () => {
     const store = path.join(temporaryDirectory(), 'store');
     const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--size', '4M'], {
       env: { ...process.env, SHEEPGATE_STORE: store },
@@ -323,7 +323,7 @@ describe('a pipe', () => {
     }
   });
 
-  test('or a redirected file of another length than --size says is refused before anything is done', async () => {
+  test('or a redirected file of another length than --size is refused before anything is done', async () => {
     const store = path.join(temporaryDirectory(), 'store');
     const image = path.join(temporaryDirectory(), 'image');
     fs.writeFileSync(image, patterned(4 * MIB, 2));
@@ -332,8 +332,8 @@ describe('a pipe', () => {
         env: { SHEEPGATE_STORE: store },
       });
     for (const [size, says] of [
-      ['5M', /stdin has 4194304 bytes, --size says that 5242880 must come; nothing was done/],
-      ['3M', /stdin has 4194304 bytes, --size says that only 3145728 come; nothing was done/],
+      ['5M', /stdin has 4194304 bytes, --size says that 5242880 must arrive; nothing was done/],
+      ['3M', /stdin has 4194304 bytes, --size says that only 3145728 arrive; nothing was done/],
     ] as const) {
       expect(oneLineOf(await redirected(`--size ${size}`), 1, size)).toMatch(says);
       expect(fs.existsSync(store)).toBe(false);
@@ -341,12 +341,12 @@ describe('a pipe', () => {
     expect((await redirected('--size 4M')).code).toBe(0);
     const target = storeWith(store, undefined);
     expect(await target.json('vdi', 'show', 'vm')).toMatchObject({ size: 4 * MIB });
-    // Over a disk that is there it says the same.
-    expect((await redirected('--overwrite --size 5M')).stderr).toMatch(/must come; nothing was done/);
+    // The same over an existing disk.
+    expect((await redirected('--overwrite --size 5M')).stderr).toMatch(/must arrive; nothing was done/);
     expect(await redirected('--overwrite --size 4M')).toMatchObject({ code: 0, stderr: '' });
   });
 
-  test('that gives another format, or nothing, leaves a disk it should overwrite as it was', async () => {
+  test('with another format, or without data, does not change the disk that it should overwrite', async () => {
     const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
     const old = patterned(4 * MIB, 1);
     expect((await target.run(['import', '-', 'vm', '--size', '4M'], { input: old })).code).toBe(0);
@@ -362,7 +362,7 @@ describe('a pipe', () => {
   });
 });
 
-test('a run whose VDI was rolled back meanwhile does not finish it, and says so', async () => {
+test('a run whose VDI was rolled back meanwhile does not finish it, and reports that', async () => {
   const daemon = await startDaemon();
   const target = storeWith(daemon.store, daemon);
   const content = patterned(4 * MIB, 1);

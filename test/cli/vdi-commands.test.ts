@@ -32,7 +32,7 @@ async function content(target: TestStore, name: string): Promise<Buffer> {
 }
 
 describe.each(WAYS)('%s', (way) => {
-  test('create makes an empty VDI, says so, and --json gives all its fields', async () => {
+  test('create makes an empty VDI and reports it; --json has all its fields', async () => {
     const target = await testStore(way);
     expect(await target.ok('vdi', 'create', 'vm1', '10G')).toBe('created vm1, 10 GiB\n');
     const made = await target.json('vdi', 'create', 'größe 2.img', '1.5T', '--block-size-shift', '24');
@@ -89,7 +89,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.json('vdi', 'tree')).toEqual([]);
   });
 
-  test('show tells size, used and unshared space, origin and users of a VDI and of a snapshot', async () => {
+  test('show prints size, used and unshared space, origin and users of a VDI and of a snapshot', async () => {
     const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '20M');
     await fill(target, 'vm', patterned(12 * MIB, 2));
@@ -115,7 +115,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(working).toMatchObject({ allocatedBytes: 12 * MIB, exclusiveBytes: 12 * MIB });
   });
 
-  test('tree shows snapshots in a row and clones below what they came from', async () => {
+  test('tree shows snapshots in a row, and clones below their snapshot', async () => {
     const target = await testStore(way);
     await target.ok('vdi', 'create', 'base', '1G');
     for (const tag of ['one', 'two']) await target.ok('vdi', 'snapshot', 'base', tag);
@@ -140,7 +140,7 @@ describe.each(WAYS)('%s', (way) => {
     });
   });
 
-  test('a rollback that changes the size says so', async () => {
+  test('a rollback that changes the size reports it', async () => {
     const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '9M');
     await target.ok('vdi', 'snapshot', 'vm', 's');
@@ -151,7 +151,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(await target.ok('vdi', 'rollback', 'vm@grown')).toBe('vm is vm@grown again\n');
   });
 
-  test('snapshot, write, rollback, clone: every name reads what it should', async () => {
+  test('after snapshot, write, rollback and clone, every name has the expected content', async () => {
     const target = await testStore(way);
     const [first, second] = [patterned(9 * MIB, 4), patterned(9 * MIB, 5)];
     await target.ok('vdi', 'create', 'vm', '9M');
@@ -179,12 +179,12 @@ describe.each(WAYS)('%s', (way) => {
     expectBytes(await content(target, 'cow2'), second);
   });
 
-  test('resize grows; shrinking needs --force and what was cut off does not come back', async () => {
+  test('resize grows; shrinking needs --force, and the cut-off data does not come back', async () => {
     const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '8M');
     const data = patterned(8 * MIB, 7);
     await fill(target, 'vm', data);
-    expect(await target.ok('vdi', 'resize', 'vm', '12M')).toBe('vm has 12 MiB now\n');
+    expect(await target.ok('vdi', 'resize', 'vm', '12M')).toBe('vm now has 12 MiB\n');
     expectBytes(await content(target, 'vm'), Buffer.concat([data, Buffer.alloc(4 * MIB)]));
     expect(await target.fails('vdi', 'resize', 'vm', '5M')).toMatch(/--force/);
     expect(await target.json('vdi', 'resize', 'vm', '5M', '--force')).toMatchObject({ size: 5 * MIB });
@@ -192,7 +192,7 @@ describe.each(WAYS)('%s', (way) => {
     expectBytes(await content(target, 'vm'), Buffer.concat([data.subarray(0, 5 * MIB), Buffer.alloc(3 * MIB)]));
   });
 
-  test('delete removes a snapshot, or a VDI whose snapshots stay, and gives the space back', async () => {
+  test('delete removes a snapshot, or a VDI without its snapshots, and frees the space', async () => {
     const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '16M');
     await fill(target, 'vm', patterned(16 * MIB, 8));
@@ -226,7 +226,7 @@ describe.each(WAYS)('%s', (way) => {
     const found = await target.run(['check']);
     expect(found.code, found.stderr).toBe(1);
     expect(found.stdout).toMatch(
-      /orphan.*\n[\s\S]*1 problems\n1 objects \(\d.*\) belong to nobody; --repair removes them\n$/,
+      /orphan.*\n[\s\S]*1 problems\n1 objects \(\d.*\) are not referred to by any VDI; --repair deletes them\n$/,
     );
     const repaired = await target.run(['check', '--repair', '--json']);
     expect(repaired.code, repaired.stderr).toBe(0);
@@ -244,7 +244,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 });
 
-test('what one way makes the other shows, field by field', async () => {
+test('what is made without a daemon is shown through it, and the other way round, field by field', async () => {
   const daemon = await startDaemon();
   const target = storeWith(daemon.store, daemon);
   await target.ok('vdi', 'create', 'vm', '1G');
@@ -268,7 +268,7 @@ test('what one way makes the other shows, field by field', async () => {
   expect(direct).toEqual(through);
 });
 
-test('a store that is named on the command line wins over the environment', async () => {
+test('a store on the command line has precedence over the environment', async () => {
   const [one, two] = [path.join(temporaryDirectory(), 'one'), path.join(temporaryDirectory(), 'two')];
   await cliJson(['vdi', 'create', 'in-one', '1M'], { store: one });
   await cliJson(['vdi', 'create', 'in-two', '1M', '--store', two], { store: one });
@@ -290,7 +290,7 @@ test('commands at the same time on a store without a daemon wait for each other'
   expect(await storeWith(store, undefined).names()).toEqual(names);
 });
 
-test('open VDIs are refused what would pull the rug from under them, and the count of users is told', async () => {
+test('commands that would harm the users of an open VDI are refused, with the number of users', async () => {
   const daemon = await startDaemon();
   const target = storeWith(daemon.store, daemon);
   await target.ok('vdi', 'create', 'vm', '16M');
@@ -303,7 +303,7 @@ test('open VDIs are refused what would pull the rug from under them, and the cou
   expect(await target.fails('vdi', 'rollback', 'vm@s')).toMatch(/cannot be rolled back now; disconnect first/);
   expect(await target.fails('vdi', 'resize', 'vm', '8M', '--force')).toMatch(/cannot be shrunk now/);
   expect(await target.fails('check')).toMatch(/is open; a check needs all clients disconnected/);
-  // Growing is possible; who is connected keeps the size, who comes sees the new one.
+  // Growing is possible; connected clients keep the old size, new ones see the new size.
   await target.ok('vdi', 'resize', 'vm', String(GIB));
   await one.write(16 * MIB - 512, Buffer.alloc(512, 1));
   await expect(one.write(16 * MIB, Buffer.alloc(512, 1))).rejects.toMatchObject({ code: 'ENOSPC' });

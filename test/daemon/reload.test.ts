@@ -100,7 +100,7 @@ describe.each(IN_PLACE)('%s in place of a file', (_, put, says) => {
       const result = await reload();
       restore();
       expect(result).toMatchObject({ code: 1, stdout: '' });
-      expect(result.stderr).toMatch(/^sheepgate: not reloaded, the old stay in force: .*\n$/);
+      expect(result.stderr).toMatch(/^sheepgate: not reloaded, the old settings stay in force: .*\n$/);
       expect(result.stderr).toMatch(says);
       expect(result.stderr).toContain(file);
       expect(result.stderr.length).toBeLessThan(2_000);

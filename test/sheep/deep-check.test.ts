@@ -383,7 +383,7 @@ describe('check --deep (stand-in)', () => {
     await waitUntil(() => standIn.seen.some(({ opcode }) => opcode === PeerOp.READ_PEER), 'it reads');
     interrupted.kill('SIGINT');
     expect(await ended(interrupted)).toEqual({ code: 130, signal: null });
-    expect(out).toMatch(/ read from their nodes, 0 problems; not all was read\n$/);
+    expect(out).toMatch(/ read from their nodes, 0 problems; not everything was read\n$/);
     await client.disconnect();
     await daemon.stop();
   });
@@ -401,11 +401,11 @@ test('a local store has no copies to compare: it refuses --deep and says what to
   const { argument } = localPlace();
   await cliJson(['vdi', 'create', 'vm', '1M', '--store', argument, '--json']);
   for (const [args, why] of [
-    [['check', '--deep', '--store', argument], /--deep compares the copies that the nodes of a cluster have/],
+    [['check', '--deep', '--store', argument], /--deep compares the copies on the nodes of a cluster/],
     [['check', '--deep', '--repair', '--store', argument], /'--deep' cannot be used with option '--repair'/],
     [['check', '--rate', '5M', '--store', argument], /--rate is an option of check --deep/],
-    [['check', '--deep', '--rate', '5K', '--store', argument], /at least 1M a second/],
-    [['check', '--deep', '--settle', 'x', '--store', argument], /a number of seconds/],
+    [['check', '--deep', '--rate', '5K', '--store', argument], /must be at least 1M/],
+    [['check', '--deep', '--settle', 'x', '--store', argument], /must be 0 to 3600/],
   ] as const) {
     expect(oneLineOf(await cli(args), 2, args.join(' '))).toMatch(why);
   }

@@ -208,9 +208,7 @@ for (const { label, start, tried, skip } of clusters) {
       const { code } = await over;
       if (code !== 0) {
         expect(code).toBe(130);
-        expect(said).toMatch(
-          /vm in .* is not complete, and the same command goes on from there\n.*interrupted by SIGINT/,
-        );
+        expect(said).toMatch(/vm in .* is not complete; the same command continues it\n.*interrupted by SIGINT/);
         expect(await withCatalog(local, (catalog) => recordsOf(catalog, 'vm'))).toMatchObject([
           { tag: '', unfinished: { by: 'migrate', isNew: true } },
         ]);
@@ -319,7 +317,7 @@ test('data damaged on the way are detected before the snapshot gets its tag, and
   };
   const from = 4 * MIB + 12_288;
   expect(await refused(local, remote)).toMatch(
-    new RegExp(`: bytes ${from} to ${from + 4095}; start again to copy that anew`),
+    new RegExp(`: bytes ${from} to ${from + 4095}; start again to copy it again`),
   );
   expect(await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).toMatchObject([
     { tag: '', unfinished: { by: 'migrate', isNew: true } },
@@ -351,8 +349,8 @@ test('if the cluster fails, the error says that nothing is lost, and the next ru
   cluster.fault = ({ opcode }) => (opcode === Op.CREATE && objects++ > 0 ? { result: Res.EIO } : undefined);
   const failed = await cli(['migrate', 'vm', '--from', local.argument, '--to', remote.argument]);
   expect(failed.code).toBe(1);
-  // The lines before it name the nodes that were tried.
-  const last = /\nsheepgate: .*EIO.*; vm in \S* is not complete, and the same command goes on from there\n$/;
+  // The notes before it say which nodes it tried.
+  const last = /\nsheepgate: .*EIO.*; vm in \S* is not complete; the same command continues it\n$/;
   expect(failed.stderr).toMatch(last);
   cluster.fault = () => undefined;
   expect((await migrate(local, remote)).working).toMatchObject({ copiedBytes: 8 * MIB, comparedBytes: 12 * MIB });

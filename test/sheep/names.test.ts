@@ -347,7 +347,7 @@ describe('names and tags on the stand-in', () => {
     expect((await local.list()).map(({ tag }) => tag)).toEqual(['a', '1', 'c', 'd', 'e', '']);
     // And back: a cluster refuses it.
     await expect(migrate(into, operations, 'arrived')).rejects.toThrow(
-      /^nothing was begun: .* cannot have the tags of these snapshots: arrived@1 \(tag "1": in a cluster a number is an id\)/,
+      /^nothing was begun: .* does not allow the tags of these snapshots: arrived@1 \(tag "1": in a cluster a number is an id\)/,
     );
     expect((await catalog.list()).some(({ name }) => name === 'arrived')).toBe(false);
     await migrate(into, operations, 'arrived', true);
@@ -359,7 +359,7 @@ describe('names and tags on the stand-in', () => {
     for (const [n, tag] of ['x/y', '1', bytes('t\xff'), '1', ' '].entries())
       cluster.nodes.retag(vids[n] as number, tag);
     await expect(migrate(operations, into, 'v')).rejects.toThrow(
-      /v@x%2Fy \(tag "x\/y": not allowed here\).*\(tag "1": two have this tag\).*%FF.*\(tag "1": two.*with --rename-tags/,
+      /v@x%2Fy \(tag "x\/y": not allowed here\).*\(tag "1": more than one has this tag\).*%FF.*\(tag "1": more than one.*with --rename-tags/,
     );
     await migrate(operations, into, 'v', true);
     const tags = (await local.list()).map(({ tag }) => tag);

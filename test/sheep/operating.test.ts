@@ -134,7 +134,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     expect((await operations.show('three')).redundancy).toEqual({ copies: 3 });
     expect((await operations.show('code')).redundancy).toEqual(code);
     expect(await target.json('vdi', 'show', 'code')).toMatchObject({ redundancy: { policy: 'erasure', ...code } });
-    expect(await target.ok('vdi', 'show', 'code')).toContain('erasure code 2:1, 3 strips of which 2 are enough');
+    expect(await target.ok('vdi', 'show', 'code')).toContain('erasure code 2:1, any 2 of 3 strips are enough');
     await operations.snapshot('code', 's');
     await operations.clone('code@s', 'copy');
     const listed = await operations.list();
@@ -442,8 +442,8 @@ describe('the state of a cluster', () => {
     expect(info.nodes.map(({ state }) => state)).toEqual(['unreachable', 'ok', 'ok']);
     expect(info.nodes[0]?.reason).toContain('ECONNREFUSED');
     const text = await target.ok('cluster', 'info');
-    expect(text).toMatch(/^recovery +none is running; 1 node does not say; disabled/m);
-    expect(text).toMatch(/, without 1 node that does not say$/m);
+    expect(text).toMatch(/^recovery +none is running; 1 node does not report it; disabled/m);
+    expect(text).toMatch(/, without 1 node that does not report it$/m);
 
     cluster.fault = ({ node, opcode }) =>
       node === 2 && opcode === StateOp.STAT_SHEEP ? { until: new Promise(() => undefined) } : undefined;
@@ -481,7 +481,7 @@ describe('the state of a cluster', () => {
     expect(fresh).toMatchObject({ space: { size: null, free: null, unknownNodes: 3 } });
     const text = await target.ok('cluster', 'info');
     expect(text).toContain("not formatted; 'dog cluster format'");
-    expect(text).toMatch(/^space +not known, no node says$/m);
+    expect(text).toMatch(/^space +unknown, no node reports it$/m);
     expect(await target.ok('node', 'list')).toContain('waiting: it answers WAIT_FOR_FORMAT');
 
     cluster.state.notServing = StateRes.WAIT_FOR_JOIN;
@@ -490,7 +490,7 @@ describe('the state of a cluster', () => {
       state: 'waiting',
       left: [{ node: '127.0.0.1:7999', epoch: null, since: null }],
     });
-    expect(await target.ok('cluster', 'info')).toMatch(/^left +127\.0\.0\.1:7999, which is waited for$/m);
+    expect(await target.ok('cluster', 'info')).toMatch(/^left +127\.0\.0\.1:7999, the cluster waits for it$/m);
   });
 });
 

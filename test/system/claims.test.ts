@@ -14,9 +14,6 @@ const MAX_FILE_LINES = 600;
 /** Prettier limits code to 120 characters, and does not wrap comments and text. */
 const MAX_LINE = 140;
 
-/** Files with lines that are longer than MAX_LINE, until somebody wraps them. */
-const LONGER_LINES = new Set(['docs/clients.md']);
-
 /** Files of the working tree that git tracks or would track: no build output. */
 function filesOf(...patterns: readonly string[]): string[] {
   const list = ['ls-files', '--cached', '--others', '--exclude-standard', '--deduplicate', '--', ...patterns];
@@ -136,20 +133,18 @@ describe('lines', () => {
     const longer = scripts.flatMap((name) =>
       textOf(name)
         .split('\n')
-        .flatMap((line, at) => (isLong(line) && !LONGER_LINES.has(name) ? [`${name}:${at + 1}`] : [])),
+        .flatMap((line, at) => (isLong(line) ? [`${name}:${at + 1}`] : [])),
     );
     expect(longer).toEqual([]);
   });
 
   test(`of documents have ${MAX_LINE} characters at most, except in tables and code`, () => {
     expect(documents.length).toBeGreaterThan(10);
-    const longer = documents
-      .filter((name) => !LONGER_LINES.has(name))
-      .flatMap((name) =>
-        linesOfText(name)
-          .filter(({ line }) => line.length > MAX_LINE)
-          .map(({ number }) => `${name}:${number}`),
-      );
+    const longer = documents.flatMap((name) =>
+      linesOfText(name)
+        .filter(({ line }) => line.length > MAX_LINE)
+        .map(({ number }) => `${name}:${number}`),
+    );
     expect(longer).toEqual([]);
   });
 });

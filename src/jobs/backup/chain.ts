@@ -54,7 +54,7 @@ export class Chain {
     const link = await present(file, () => IncrementReader.open(this.#disk, file));
     this.#links.push(link); // to be closed with the others
     if (link.size !== size) {
-      throw new OperationError('DAMAGED', `${file} is damaged: it is of ${link.size} bytes, not ${size}`);
+      throw new OperationError('DAMAGED', `${file} is damaged: its disk has ${link.size} bytes, not ${size}`);
     }
     this.#size = size;
   }
@@ -98,7 +98,7 @@ export class Chain {
       const files = await this.filesOf(offset, block.length);
       throw new OperationError(
         'DAMAGED',
-        `${files.join(' or ')} is damaged: the ${block.length} bytes of the disk at ${offset} are not what was backed up`,
+        `${files.join(' or ')} is damaged: the ${block.length} bytes of the disk at ${offset} differ from what was backed up`,
       );
     }
     return block;

@@ -106,11 +106,11 @@ export async function readManifest(disk: HostDisk, directory: string): Promise<M
     throw new OperationError('DAMAGED', `${file} is damaged: ${(error as Error).message}`, { cause: error });
   }
   const { format, version } = (found ?? {}) as Partial<Record<'format' | 'version', unknown>>;
-  if (format !== FORMAT) throw new OperationError('FORMAT', `${file} is not of a sheepgate backup`);
+  if (format !== FORMAT) throw new OperationError('FORMAT', `${file} is not the manifest of a sheepgate backup`);
   if (version !== VERSION && version !== 1) {
     throw new OperationError(
       'FORMAT',
-      `${file} is of a version ${JSON.stringify(version ?? null).slice(0, 20)} that this sheepgate does not know`,
+      `${file} has version ${JSON.stringify(version ?? null).slice(0, 20)}, which this sheepgate does not support`,
     );
   }
   const current = version === 1 ? fromVersion1(found as Fields) : found;
@@ -139,7 +139,7 @@ function fromVersion1(found: Fields): Fields {
 
 /** undefined if it is valid. Strings in it may come from anybody; they are escaped when they are printed. */
 function whatIsWrong(found: unknown): string | undefined {
-  const fields = 'fields are missing, or are not what they should be';
+  const fields = 'fields are missing or invalid';
   if (!isObject(found)) return fields;
   const { target, points, stamps, folding, installing } = found;
   const isWhole =
@@ -152,16 +152,17 @@ function whatIsWrong(found: unknown): string | undefined {
     (folding === null || isCount(folding)) &&
     (installing === null || (typeof installing === 'string' && /^base-\d{1,16}\.img$/.test(installing)));
   if (!isWhole) return fields;
-  if (points.length > MAX_POINTS) return `it names ${points.length} backups, and a target has at most ${MAX_POINTS}`;
+  if (points.length > MAX_POINTS)
+    return `it lists ${points.length} backups, and a target can have at most ${MAX_POINTS}`;
   if (!Object.values(stamps).every((stamp) => isObject(stamp) && isCount(stamp.bytes) && isCount(stamp.mtimeMs))) {
     return fields;
   }
   let before = { id: 0, chain: 0 };
   for (const point of points) {
     if (!isPoint(point, target)) return fields;
-    if (point.id <= before.id || point.chain < before.chain) return 'its backups are not in their order';
+    if (point.id <= before.id || point.chain < before.chain) return 'its backups are not in order';
     if (Math.ceil(point.size / point.blockBytes) > MAX_BLOCKS) {
-      return `backup ${point.id} is of ${point.size} bytes in blocks of ${point.blockBytes}, more than a backup can have`;
+      return `backup ${point.id} has ${point.size} bytes in blocks of ${point.blockBytes}, more than a backup can have`;
     }
     before = point;
   }

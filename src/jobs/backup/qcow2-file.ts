@@ -246,7 +246,7 @@ export class IncrementReader {
       const l1Offset = Number(header.readBigUInt64BE(FIELD.l1Offset));
       const isWithin = entries * ENTRY_BYTES <= MAX_L1_BYTES && l1Offset + entries * ENTRY_BYTES <= fileBytes;
       if (!isWithin || entries !== Math.ceil(size / TABLE_SPAN_BYTES))
-        throw damaged(file, 'its header does not fit its length');
+        throw damaged(file, 'its header does not match its length');
       const l1 = Buffer.alloc(entries * ENTRY_BYTES);
       await readAll(handle, l1, l1Offset);
       return new IncrementReader(handle, file, { size, backing: backingOf(header, file), l1, fileBytes });
@@ -309,7 +309,7 @@ export class IncrementReader {
     if (entry === IS_ZERO) return { offset, length, kind: 'zeros', at: 0 };
     const at = Number(entry & OFFSET_MASK) + within;
     if ((entry & ~OFFSET_MASK) !== COPIED || at % CLUSTER_BYTES !== within || at + length > this.#fileBytes) {
-      throw damaged(this.file, `its entry for offset ${offset} points nowhere`);
+      throw damaged(this.file, `its entry for offset ${offset} is invalid`);
     }
     return { offset, length, kind: 'data', at };
   }
@@ -323,7 +323,7 @@ export class IncrementReader {
     const entry = this.#l1.readBigUInt64BE(index * ENTRY_BYTES);
     if (entry === 0n) return undefined;
     const at = Number(entry & OFFSET_MASK);
-    if (at + CLUSTER_BYTES > this.#fileBytes) throw damaged(this.file, `its table ${index} is outside of the file`);
+    if (at + CLUSTER_BYTES > this.#fileBytes) throw damaged(this.file, `its table ${index} is outside the file`);
     const table = Buffer.alloc(CLUSTER_BYTES);
     await this.#fill(table, at);
     return table;
@@ -338,12 +338,12 @@ function backingOf(header: Buffer, file: string): Backing {
   const offset = Number(header.readBigUInt64BE(FIELD.backingOffset));
   const length = header.readUInt32BE(FIELD.backingBytes);
   if (offset < HEADER_BYTES || length === 0 || length > MAX_BACKING_NAME_BYTES || offset + length > CLUSTER_BYTES) {
-    throw damaged(file, 'it does not say which file is below it');
+    throw damaged(file, 'it does not name its backing file');
   }
   const formatBytes = header.readUInt32BE(HEADER_BYTES + 4);
   const isFormat = header.readUInt32BE(HEADER_BYTES) === BACKING_FORMAT_EXTENSION && formatBytes <= 'qcow2'.length;
   const format = isFormat ? header.toString('latin1', HEADER_BYTES + 8, HEADER_BYTES + 8 + formatBytes) : '';
-  if (format !== 'raw' && format !== 'qcow2') throw damaged(file, 'it does not say what the file below it is');
+  if (format !== 'raw' && format !== 'qcow2') throw damaged(file, 'it does not name the format of its backing file');
   return { name: header.toString('utf8', offset, offset + length), format };
 }
 

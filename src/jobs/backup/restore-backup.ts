@@ -43,7 +43,7 @@ export function pointAt(target: BackupTarget, at: string | undefined): Point {
   const { points } = target;
   const last = points.at(-1);
   if (!last) {
-    throw new OperationError('NO_BACKUP', `no backup in ${target.image ?? target.home} was ever finished`);
+    throw new OperationError('NO_BACKUP', `${target.image ?? target.home} has no complete backup`);
   }
   if (at === undefined) return last;
   const found = /^\d{1,7}$/.test(at)
@@ -53,7 +53,7 @@ export function pointAt(target: BackupTarget, at: string | undefined): Point {
   const first = points[0] as Point;
   throw new OperationError(
     'NO_BACKUP',
-    `there is no backup ${at}: kept are ${first.id} (${first.time}) to ${last.id} (${last.time}); --list shows all`,
+    `there is no backup ${at}: the oldest is ${first.id} (${first.time}), the newest ${last.id} (${last.time}); --list shows all`,
   );
 }
 
@@ -186,7 +186,7 @@ function mustFit({ name, blockSizeShift, maxObjects, unfinished }: VdiRecord, { 
   if (unfinished?.isNew || size <= most) return;
   throw new OperationError(
     'BAD_SIZE',
-    `${name} can have at most ${most} bytes, the backup has ${size}; nothing was written: restore it under another name`,
+    `${name} can have at most ${most} bytes, the backup has ${size}; nothing was written; restore it under another name`,
   );
 }
 
@@ -232,7 +232,7 @@ async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions
         const offset = index * hashes.blockBytes;
         const check = (isRight: boolean): void => {
           if (isRight) return doing.advance(length);
-          throw new OperationError('DAMAGED', `${options.name} does not read at ${offset} as it was written`);
+          throw new OperationError('DAMAGED', `${options.name} at ${offset} does not read back as it was written`);
         };
         if (!(await data.touch(offset, length))) {
           check(hashes.isZero(index));

@@ -73,7 +73,7 @@ export async function takeBackup(withStore: WithStore, given: TakeOptions): Prom
   if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
     throw new OperationError(
       'BAD_USAGE',
-      `${to} is one image, which holds the newest backup; --keep ${options.keep} needs a directory`,
+      `${to} is an image, which holds only the newest backup; --keep ${options.keep} needs a directory`,
     );
   }
   const keep = image === undefined ? options.keep : 1;
@@ -92,9 +92,13 @@ export async function takeBackup(withStore: WithStore, given: TakeOptions): Prom
       const file = target.image ?? target.fileOf(point);
       return { point: { ...point, sha256 }, file, kept: target.points.map((each) => each.id), dropped };
     } catch (error) {
-      const rest = isKept ? 'its SHA-256 was not computed' : 'the next run goes on with dropping old ones';
+      const rest = isKept ? 'its SHA-256 was not computed' : 'the next run continues to drop old backups';
       if (options.signal.aborted) log(`backup ${point.id} was taken; ${rest}`);
-      throw notComplete(error, point, isKept ? 'its SHA-256 could not be computed' : 'an old one could not be dropped');
+      throw notComplete(
+        error,
+        point,
+        isKept ? 'its SHA-256 could not be computed' : 'an old backup could not be dropped',
+      );
     }
   } catch (error) {
     throw explained(error, target, options);
@@ -116,7 +120,7 @@ async function makeRoom(target: BackupTarget, keep: number | undefined, options:
   if (keep !== undefined && keep < MAX_POINTS) return target.keep(keep, options);
   throw new OperationError(
     'BAD_TARGET',
-    `${options.to} has ${target.points.length} backups, and no more fit; drop some with --keep, or give another place`,
+    `${options.to} has ${target.points.length} backups, the maximum; drop some with --keep, or give another place`,
   );
 }
 
@@ -287,12 +291,12 @@ function explained(error: unknown, target: BackupTarget, { to }: TakeOptions): u
       ? ''
       : `; the backups in it are unharmed: ${target.points.map(({ id }) => id).join(', ')}`;
   if (code !== undefined && syscall !== undefined && SPACE_CODES.has(code)) {
-    return new OperationError('NO_SPACE', `no space left in ${to}: free some, or --keep fewer${kept}`, {
+    return new OperationError('NO_SPACE', `no space left in ${to}: free some space, or --keep fewer backups${kept}`, {
       cause: error,
     });
   }
   if (error instanceof OperationError && error.code === 'DAMAGED') {
-    const message = `${error.message}; 'sheepgate restore ${to} --verify' tells which backups are whole, and --full begins anew`;
+    const message = `${error.message}; 'sheepgate restore ${to} --verify' shows which backups are intact, and --full starts again with a full backup`;
     return new OperationError('DAMAGED', message, { cause: error });
   }
   return error;

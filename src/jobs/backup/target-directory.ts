@@ -37,12 +37,12 @@ export async function makeHome(disk: HostDisk, { home, image }: TargetPaths, giv
   if (image !== undefined && disk.existsSync(image)) {
     throw new OperationError(
       'BAD_TARGET',
-      `${given} exists and is no backup target: ${home} is missing; give another name, or remove the file`,
+      `${given} exists and is not a backup target: ${home} is missing; give another name, or remove the file`,
     );
   }
   const parent = path.dirname(home);
   if (!disk.existsSync(parent)) {
-    throw new OperationError('BAD_TARGET', `${parent} does not exist; make it, or mount the disk that belongs there`);
+    throw new OperationError('BAD_TARGET', `${parent} does not exist; create it, or mount the disk that belongs there`);
   }
   disk.mkdirSync(home, 0o700);
   return true;
@@ -59,7 +59,7 @@ export async function refuseForeign(
   if (names.some((name) => isOurFile(name) && name.endsWith('.hashes'))) {
     throw new OperationError(
       'DAMAGED',
-      `${path.join(home, MANIFEST)} is missing: put it back from a copy, or give another place; ` +
+      `${path.join(home, MANIFEST)} is missing: restore it from a copy, or give another place; ` +
         `the backups in ${home} can be read with qemu-img`,
     );
   }
@@ -67,7 +67,7 @@ export async function refuseForeign(
   if (foreign !== undefined || (image !== undefined && disk.existsSync(image))) {
     throw new OperationError(
       'BAD_TARGET',
-      `${given} holds no backups, but other things (${foreign ?? path.basename(image ?? '')}); ` +
+      `${given} holds other files (${foreign ?? path.basename(image ?? '')}) and no backups; ` +
         `give a directory of its own, for example ${path.join(given, 'NAME')}`,
     );
   }
@@ -77,7 +77,7 @@ export function notATarget(disk: HostDisk, given: string, { home, image }: Targe
   if (image !== undefined && disk.existsSync(image)) {
     return new OperationError(
       'BAD_TARGET',
-      `${given} is no backup target: ${home} is missing; a plain image goes in with 'sheepgate import ${given} NAME'`,
+      `${given} is not a backup target: ${home} is missing; 'sheepgate import ${given} NAME' imports a plain image`,
     );
   }
   const within = disk.existsSync(home)
@@ -112,5 +112,5 @@ export async function lockTarget(disk: HostDisk, home: string, flags: 'r' | 'r+'
   }
   if (isOurs) return handle;
   await handle.close();
-  throw new OperationError('BUSY', `another sheepgate is at work on the backups in ${home}; wait for it to end`);
+  throw new OperationError('BUSY', `another sheepgate is at work on the backups in ${home}; wait until it has ended`);
 }

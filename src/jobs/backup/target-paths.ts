@@ -21,7 +21,10 @@ export function pathsOf(disk: HostDisk, given: string): TargetPaths {
   const status = disk.statSync(where);
   if (status?.isDirectory()) return { home: where, image: undefined };
   if (status && !status.isFile()) {
-    throw new OperationError('BAD_TARGET', `${given} is neither a file nor a directory; give one to keep backups in`);
+    throw new OperationError(
+      'BAD_TARGET',
+      `${given} is neither a file nor a directory; give a directory or an image for backups`,
+    );
   }
   const beside = `${where}${BESIDE}`;
   const isImage =

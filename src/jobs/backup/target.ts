@@ -204,7 +204,9 @@ export class BackupTarget {
     if (touched.length === 0) return;
     const more = touched.length > MAX_NAMED ? ` and ${touched.length - MAX_NAMED} more` : '';
     const which = `${touched.slice(0, MAX_NAMED).join(', ')}${more}`;
-    work.log(`not as the last run left it: ${which}; what is stored is compared with the hashes, which takes a while`);
+    work.log(
+      `changed since the last run: ${which}; comparing the stored backups with their hashes, which takes a while`,
+    );
     const progress = work.progress('comparing with the hashes', bytesOf(points));
     try {
       for await (const { message } of this.verify(points, progress.advance, work.signal)) {
@@ -213,7 +215,7 @@ export class BackupTarget {
     } finally {
       progress.end();
     }
-    work.log('compared with the hashes, it is right');
+    work.log('the stored backups match their hashes');
     await this.#write({ stamps: await this.#stamps(this.points) });
   }
 
@@ -312,10 +314,10 @@ export class BackupTarget {
     if (installing !== null) await this.#install();
     const folded = this.points.find(({ id }) => id === folding);
     if (folded && !isFull && folded.chain === this.last?.chain) {
-      work.log('the last run was interrupted while it dropped an old backup; finishing that');
+      work.log('the last run was interrupted while it dropped an old backup; completing that');
       await this.#fold(folded, work);
     }
-    if (await this.removeLeftovers()) work.log('the last run was interrupted; what it left behind is removed');
+    if (await this.removeLeftovers()) work.log('the last run was interrupted; its partial files were removed');
   }
 
   async #install(): Promise<void> {

@@ -89,7 +89,7 @@ async function verifySha256(
   const file = path.join(home, MANIFEST);
   throw new OperationError(
     'DAMAGED',
-    `${file} is damaged: it says that the SHA-256 of backup ${id} is ${sha256}, and its image, which is as its hashes say, ` +
+    `${file} is damaged: it has ${sha256} as the SHA-256 of backup ${id}, but the image, which matches its hashes, ` +
       `has ${found}`,
   );
 }

@@ -23,13 +23,13 @@ export function whoIsBehind({ vdi, to, store, base, points, snapshots }: Sides):
   if (found && found.vid === base.vid && found.snapshotAt === base.snapshotAt) return undefined;
   const last = points.at(-1);
   if (!last) return undefined;
-  const goOn = `say --compare to read all of ${vdi} and store in ${to} what differs, or --full to begin there with a full backup`;
+  const goOn = `use --compare to read all of ${vdi} and store the differences in ${to}, or --full to start there with a full backup`;
   const numbered = snapshots.map((snapshot) => ({ ...snapshot, id: Number(/\d+$/.exec(snapshot.tag)?.[0]) }));
   const newest = numbered.reduce((one, other) => (one && !(other.id > one.id) ? one : other), numbered[0]);
   if (newest === undefined) {
     return (
-      `${vdi} in ${store} has no snapshot "${base.tag}", with which backup ${last.id} of ${last.time} was taken, nor an ` +
-      `older one of ${to}: it was deleted, or ${vdi} is another disk now, or the store a copy from before; ${goOn}`
+      `${vdi} in ${store} has no snapshot "${base.tag}", from which backup ${last.id} of ${last.time} was taken, and no ` +
+      `older snapshot of ${to}: they were deleted, or ${vdi} is now another disk, or the store is an older copy; ${goOn}`
     );
   }
   const stored = `the snapshot "${newest.tag}" of ${timeOf(newest.snapshotAt)}`;
@@ -41,16 +41,16 @@ export function whoIsBehind({ vdi, to, store, base, points, snapshots }: Sides):
   }
   if (found) {
     return (
-      `the snapshot ${vdi}@${base.tag} is another one than that of the last backup in ${to}: it is of ` +
-      `${timeOf(found.snapshotAt)}, backup ${last.id} of ${last.time}; ${vdi} is another disk, or the store and the ` +
-      `target were copied and went on apart; ${goOn}`
+      `the snapshot ${vdi}@${base.tag} is not the snapshot of the last backup in ${to}: it was taken at ` +
+      `${timeOf(found.snapshotAt)}, backup ${last.id} at ${last.time}; ${vdi} is another disk, or the store and the ` +
+      `target were copied and have diverged; ${goOn}`
     );
   }
   const newer = points.filter(({ id }) => id > newest.id).length;
   return (
     `the store is behind: ${vdi} in ${store} ends with ${stored}, and ${to} has ${backups(newer)} after that, up to ` +
     `backup ${last.id} of ${last.time}; the store is an older copy, and the target has newer data: ` +
-    `'sheepgate restore ${to} NEW-NAME' brings them back; if ${vdi} as it is now is the right one, ${goOn}`
+    `'sheepgate restore ${to} NEW-NAME' restores it; if the current content of ${vdi} is the right one, ${goOn}`
   );
 }
 

@@ -28,7 +28,7 @@ export function carriedTags(snapshots: readonly VdiRecord[], target: Target): Re
   const refused: string[] = [];
   for (const snapshot of snapshots) {
     const { vid, tag } = snapshot;
-    const why = count.get(tag) === 1 ? whyNot(tag, target) : 'two have this tag';
+    const why = count.get(tag) === 1 ? whyNot(tag, target) : 'more than one has this tag';
     tags.set(vid, why === undefined ? tag : renamed(snapshot));
     if (why !== undefined) refused.push(`${specOf(snapshot)} (tag ${JSON.stringify(tag)}: ${why})`);
   }
@@ -36,8 +36,8 @@ export function carriedTags(snapshots: readonly VdiRecord[], target: Target): Re
   const more = refused.length > MAX_NAMED ? `, and ${refused.length - MAX_NAMED} more` : '';
   throw new OperationError(
     'BAD_NAME',
-    `nothing was begun: ${target.place} cannot have the tags of these snapshots: ${refused.slice(0, MAX_NAMED).join(', ')}${more}; ` +
-      'with --rename-tags each of them gets one that says its ID',
+    `nothing was begun: ${target.place} does not allow the tags of these snapshots: ${refused.slice(0, MAX_NAMED).join(', ')}${more}; ` +
+      'with --rename-tags each of them gets a tag that contains its ID',
   );
 }
 

@@ -28,7 +28,7 @@ export async function claimTarget(migration: MigrationRun, history: History): Pr
   if (isKnown && !working) {
     throw new OperationError(
       'UNFINISHED',
-      `${newName} in ${target.store} lacks its working VDI, without which its history cannot go on; delete its snapshots there and start again`,
+      `${newName} in ${target.store} has snapshots but no working VDI, so the migration cannot continue; delete the snapshots there and start again`,
     );
   }
   try {
@@ -85,8 +85,8 @@ function foreign({ target, options }: MigrationRun, records: readonly VdiRecord[
   const { newName } = options;
   const mark = records.find(({ tag }) => isMigrationMark(tag));
   const unfinished = records.find((record) => record.unfinished)?.unfinished;
-  let why = 'exists, and it is no unfinished migration of this one: nothing was touched';
-  if (unfinished) why = `is unfinished, of another migration or another command (${unfinished.by})`;
+  let why = 'exists, and is not an unfinished target of this migration: nothing was touched';
+  if (unfinished) why = `is unfinished, left by another migration or command (${unfinished.by})`;
   else if (mark) why = `is the unfinished target of another migration (it has the snapshot ${newName}@${mark.tag})`;
   return new OperationError(
     'EXISTS',
@@ -107,7 +107,7 @@ export function checkPrefix(migration: MigrationRun, history: History, records: 
     if (expected && history.tags.get(expected.vid) === tag) continue;
     throw new OperationError(
       'CHANGED',
-      `${newName}@${tag} in ${target.store} is not the ${ordinal(n)} snapshot of ${sourceSpec} in ${source.store} (any more); delete it in the target if it is not wanted, and start again`,
+      `${newName}@${tag} in ${target.store} is not (or no longer) the ${ordinal(n)} snapshot of ${sourceSpec} in ${source.store}; delete it in the target if it is not wanted, and start again`,
     );
   }
 }
@@ -119,7 +119,7 @@ async function refuseIfChanged({ target, options, migratedTag }: MigrationRun): 
   if (ranges.length === 0) return;
   throw new OperationError(
     'CHANGED',
-    `${newName} in ${target.store} was written by somebody else since the last run, and migrating it again would undo that; to keep it as it is, delete ${mark}; to start again, delete it with its snapshots`,
+    `${newName} in ${target.store} was written by another client since the last run, and another run would undo that; to keep it as it is, delete ${mark}; to start again, delete it with its snapshots`,
   );
 }
 

@@ -59,7 +59,7 @@ export class GoalCopier {
         makeSame(source, target, units, { progress, signal }),
       );
       await target.flush();
-      const compared = await this.#compare(goal, source, target, newName, 'start again to copy that anew');
+      const compared = await this.#compare(goal, source, target, newName, 'start again to copy it again');
       return migratedOf(goal, compared, await this.#sha256Of(target, goal), written);
     });
   }
@@ -100,8 +100,8 @@ export class GoalCopier {
       }
       const remedy =
         goal.tag === undefined
-          ? 'one of them was written since'
-          : 'to copy it anew, delete it and the snapshots after it in the target, and start again';
+          ? 'one of them was written since the migration'
+          : 'to copy it again, delete it and the snapshots after it in the target, and start again';
       const compared = await this.#compare(goal, source, target, targetSpec, remedy);
       return migratedOf(goal, compared, await this.#sha256Of(target, goal));
     });

@@ -22,7 +22,10 @@ export async function migrateVdi(
   const name = await nameOf(source, text);
   const newName = as ?? name;
   if (as === undefined && formatSpec({ name, tag: undefined }) !== name) {
-    throw new OperationError('BAD_NAME', `${text} cannot have its name in ${target.store}; give another one with --as`);
+    throw new OperationError(
+      'BAD_NAME',
+      `the name of ${text} is not allowed in ${target.store}; give another one with --as`,
+    );
   }
   checkName(newName);
   return { ...(await new Migration(source, target, { ...options, name, newName }).run()), newName };
@@ -32,7 +35,7 @@ export async function migrateVdi(
 async function nameOf(source: Operations, text: string): Promise<string> {
   const { name, tag, vid } = parseSpec(text);
   if (tag !== undefined) {
-    throw new OperationError('BAD_NAME', `"${text}": a VDI is migrated with all its snapshots; give its name alone`);
+    throw new OperationError('BAD_NAME', `"${text}": a VDI is migrated with all its snapshots; give only its name`);
   }
   return vid === undefined ? name : (await source.show(text)).name;
 }

@@ -54,7 +54,7 @@ export class Migration {
     const where = `in ${this.#migration.target.store}`;
     const rest = this.#finishing
       ? `${where}, ${await whatIsLeft(this.#migration.target, this.#finishing, { isFinishing: true })}`
-      : `${newName} ${where} is not complete, and the same command goes on from there`;
+      : `${newName} ${where} is not complete; the same command continues it`;
     if (error instanceof InterruptedError) this.#migration.options.log(rest);
     const expected = asOperationError(error);
     if (!expected || expected.code === 'MISMATCH') return error;
@@ -136,7 +136,7 @@ export class Migration {
     const missing = (what: string): OperationError =>
       new OperationError(
         'MISMATCH',
-        `${this.#migration.target.store} has no ${what}, which ${this.#migration.source.store} has`,
+        `${this.#migration.target.store} has no ${what}, but ${this.#migration.source.store} has it`,
       );
     if (records.length === 0) throw missing(newName);
     const unfinished = records.find((record) => record.unfinished);

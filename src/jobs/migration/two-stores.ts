@@ -65,7 +65,7 @@ async function openStore(place: StorePlace, log: (line: string) => void): Promis
   const { location } = place;
   const directory = directoryOf(location);
   if (directory !== undefined && fs.statSync(directory, { throwIfNoEntry: false })?.isDirectory() === false) {
-    throw new OperationError('NO_STORE', `${location} is not a directory, so it is no store`);
+    throw new OperationError('NO_STORE', `${location} is not a directory, so it cannot be a store`);
   }
   // Loaded late: loading a store's native libraries takes a while, and usage errors and --help do not need them.
   const { openOperations } = await import('../../operations/open-operations.js');
