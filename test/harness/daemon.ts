@@ -200,9 +200,17 @@ export function cli(args: readonly string[], options: CliOptions = {}): Promise<
   return run(process.execPath, [BIN, ...args], { ...options, env });
 }
 
-/** Jobs read and write images on the process's own stdin and stdout ("-"), and look for paths in its own environment. */
+/** What jobs still take from the process itself: stdin and stdout for an image ("-"), stderr for the output of freeze commands. */
+const NEEDS_PROCESS = /^(?:-$|--(?:freeze|thaw))/;
+
 function canRunInside(args: readonly string[], { env, cwd, input }: CliOptions): boolean {
-  return env === undefined && cwd === undefined && input === undefined && args[0] !== 'serve' && !args.includes('-');
+  return (
+    env === undefined &&
+    cwd === undefined &&
+    input === undefined &&
+    args[0] !== 'serve' &&
+    !args.some((arg) => NEEDS_PROCESS.test(arg))
+  );
 }
 
 /** Like cli, but a failure throws with its stderr, and stdout is parsed as JSON. */
