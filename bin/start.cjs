@@ -5,7 +5,7 @@ process.env.UV_THREADPOOL_SIZE ??= '24';
 // lmdb loads msgpackr, whose native part takes longer to load than a short command takes, and nothing here is msgpack.
 process.env.MSGPACKR_NATIVE_ACCELERATION_DISABLED ??= 'true';
 try {
-  require('../dist/bundle/sheepgate.js');
+  void require('../dist/bundle/sheepgate.js').main();
 } catch (error) {
   process.stderr.write(
     error?.code === 'MODULE_NOT_FOUND'

@@ -112,6 +112,8 @@ const bundle = await rolldown({
   external,
   platform: 'node',
   tsconfig: false,
+  // Else an entry that exports something is a file of its own beside the one that it is in.
+  preserveEntrySignatures: 'allow-extension',
   resolve: { alias: nbdSources() },
   checks: { ineffectiveDynamicImport: false },
 });

@@ -63,7 +63,18 @@ async function openedPair(server: TestServer) {
   return { client, end: pair.server };
 }
 
-/** A client in the transmission phase over a unix socket, with access to the server's end. */
+/**
+ * Resolves when every connection of the server has had its turn of the event loop since the call: then no request is left that
+ * a connection may still begin by itself. Calls no device.
+ */
+async function everyConnectionHadItsTurn(server: TestServer): Promise<void> {
+  const other = await server.raw();
+  await other.greet();
+  for (let i = 0; i < 3; i++) await other.option(OPT.LIST);
+  other.vanish();
+}
+
+/** A client in the transmission phase over a unix socket whose server end the test can look at. */
 async function openedSocket(server: TestServer) {
   const path = join(await temporaryDirectory(), 'own.sock');
   let end: net.Socket | undefined;
@@ -369,9 +380,10 @@ describe('back-pressure', () => {
     const { client, end } = await openedPair(server);
     client.socket.pause();
     client.send(manyReads(READS));
-    // It also pauses while other connections have their turn of the loop.
     const held = (): number => server.provider.calls.length * (4096 + SIMPLE_REPLY_SIZE);
-    await until(() => end.isPaused() && held() >= limits.maxUnsentBytes, 'the server stops reading');
+    await until(() => held() >= limits.maxUnsentBytes, 'as many replies wait as may');
+    await everyConnectionHadItsTurn(server);
+    expect(end.isPaused()).toBe(true);
     expect(held()).toBeLessThan(limits.maxUnsentBytes + 2 * (4096 + SIMPLE_REPLY_SIZE));
     client.socket.resume();
     await expectManyReads(client, READS);
@@ -383,7 +395,8 @@ describe('back-pressure', () => {
     const { client, end } = await openedSocket(server);
     client.socket.pause();
     client.send(manyReads(READS));
-    await until(() => end.isPaused(), 'the server stops reading');
+    await until(() => end.writableLength >= limits.maxUnsentBytes, 'as many replies wait as may');
+    await everyConnectionHadItsTurn(server);
     expect(end.writableLength).toBeLessThan(limits.maxUnsentBytes + 2 * (4096 + SIMPLE_REPLY_SIZE));
     // The buffers of the kernel and of the client's stream are far smaller than the 16 MiB requested.
     expect(server.provider.calls.length).toBeLessThan((limits.maxUnsentBytes + 4 * MIB) / 4096);
@@ -439,7 +452,9 @@ describe('back-pressure', () => {
       };
       const { client, end } = await openedPair(server);
       client.send(manyReads(100));
-      await until(() => end.isPaused(), 'the server stops reading');
+      await until(() => server.provider.unfinished >= inFlight, 'the device has as many as it may have');
+      await everyConnectionHadItsTurn(server);
+      expect(end.isPaused()).toBe(true);
       expect(server.provider.unfinished).toBe(inFlight);
       for (let i = 0; i < 100; i++) {
         await until(() => gates.length > 0, 'the device is asked');

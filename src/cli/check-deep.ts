@@ -6,6 +6,7 @@ import type { Progress } from '../jobs/reporting.js';
 import type { DeepReport } from '../operations/inspect-cluster.js';
 import { OperationError } from '../operations/operations.js';
 import { CLUSTER } from '../store/locations.js';
+import { io } from './command-io.js';
 import type { CheckOptions } from './check.js';
 import { chosenStore } from './common-options.js';
 import { interruptible } from './interrupt.js';
@@ -19,7 +20,7 @@ export async function checkDeep(options: CheckOptions): Promise<void> {
   const report = await interruptible((signal) => readAll(location, options, signal));
   const seconds = (performance.now() - startedAt) / 1000;
   const { problems, stoppedBy, findings, thin } = report;
-  if (problems.length > 0) process.exitCode = 1;
+  if (problems.length > 0) io().exitCode = 1;
   if (options.json) {
     const { vdis, objects, bytesRead } = report;
     const counts = { vdis, objects, bytesRead, seconds, isComplete: stoppedBy === undefined };

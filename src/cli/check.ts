@@ -1,6 +1,7 @@
 /** `sheepgate check`: compares the maps of a store with its objects. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../operations/operations.js';
+import { io } from './command-io.js';
 import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine } from './output.js';
 import { formatSize } from '../text/size.js';
@@ -58,7 +59,7 @@ export function checkCommand(): Command {
       const again = first.repaired > 0 ? await operations.check({ repair: false }) : first;
       return { report: first, left: again.problems.length };
     });
-    if (left > 0) process.exitCode = 1;
+    if (left > 0) io().exitCode = 1;
     if (options.json) {
       const { ended, ...rest } = report;
       return printJson({ ...rest, ...endedJson({ ended }), problemsLeft: left });

@@ -1,6 +1,7 @@
 /** `sheepgate client list`: the connections of a daemon's NBD clients. */
 import { Command } from 'commander';
 import type { ConnectionStatus } from '../operations/operations.js';
+import { io } from './command-io.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printNote, table } from './output.js';
 import { formatSize } from '../text/size.js';
@@ -22,7 +23,7 @@ export function clientListCommand(): Command {
     }));
     if (options.json) return printJson(clients.map(clientJson));
     if (!isDaemon) printNote('no daemon serves this store, so it has no clients');
-    process.stdout.write(table(HEADER, clients.map(row), ['ID', 'READ', 'WRITTEN']));
+    io().stdout.write(table(HEADER, clients.map(row), ['ID', 'READ', 'WRITTEN']));
   });
 }
 

@@ -11,6 +11,7 @@ import {
   type ClusterReport,
   type NodeState,
 } from '../operations/inspect-cluster.js';
+import { io } from './command-io.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { redundancyJson, redundancyText } from './redundancy-output.js';
@@ -53,7 +54,7 @@ function infoCommand(): Command {
     for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);
     if (state.epochs.length === 0) return;
     printLine('');
-    process.stdout.write(table(['EPOCH', 'SINCE', 'NODES', 'CHANGE'], epochRows(state), ['EPOCH', 'NODES']));
+    io().stdout.write(table(['EPOCH', 'SINCE', 'NODES', 'CHANGE'], epochRows(state), ['EPOCH', 'NODES']));
   });
 }
 
@@ -84,7 +85,7 @@ function listCommand(): Command {
       stateText(node),
     ]);
     const right = ['ID', 'ZONE', 'VNODES', 'SIZE', 'USED', 'FREE'];
-    process.stdout.write(table(['ID', 'NODE', 'ZONE', 'VNODES', 'SIZE', 'USED', 'FREE', 'STATE'], rows, right));
+    io().stdout.write(table(['ID', 'NODE', 'ZONE', 'VNODES', 'SIZE', 'USED', 'FREE', 'STATE'], rows, right));
   });
 }
 

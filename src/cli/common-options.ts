@@ -9,6 +9,7 @@ import { OperationError, type Operations } from '../operations/operations.js';
 import { defaultStore } from '../operations/default-paths.js';
 import { CLUSTER, type StoreOptions } from '../store/locations.js';
 import { closeAfter } from '../system/close-after.js';
+import { io } from './command-io.js';
 import { printNote } from './output.js';
 import { parseSize, SizeError } from '../text/size.js';
 
@@ -24,7 +25,7 @@ export interface CommonOptions {
 export function withCommonOptions(command: Command): Command {
   return command
     .addOption(
-      new Option('--store <dir>', `local store (default: $SHEEPGATE_STORE or ${defaultStore()})`).argParser(
+      new Option('--store <dir>', `local store (default: $SHEEPGATE_STORE or ${defaultStore(io().env)})`).argParser(
         notEmpty('--store', 'a directory'),
       ),
     )
@@ -74,7 +75,7 @@ export interface ChosenStore {
 }
 
 /** The store that the options name, or else the environment. Errors: NO_STORE. */
-export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = process.env): ChosenStore {
+export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = io().env): ChosenStore {
   if (options.cluster !== undefined) return { store: options.cluster, isStoreGiven: true, control: options.control };
   const given = options.store ?? (env.SHEEPGATE_STORE || undefined);
   // The control socket in the environment belongs to the store in the environment.
@@ -118,10 +119,9 @@ export async function withOperations<T>(
   });
 }
 
-const noted = new Set<string>();
-
 /** A note is printed once, even if the command opens its store several times. */
 function noteOnce(line: string): void {
+  const { noted } = io();
   if (!noted.has(line)) printNote(line);
   noted.add(line);
 }

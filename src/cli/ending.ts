@@ -5,16 +5,20 @@
  */
 
 import { isJournal, withPriorities } from '../daemon/log/journal-priorities.js';
+import { io } from './command-io.js';
 
 export interface LastSteps {
-  /** In place of process.stderr. */
+  /** In place of stderr. */
   say(text: string): void;
   /** Called when everything is done and said, with the exit code. */
   finish(code: number): Promise<void>;
 }
 
 const OF_A_COMMAND: LastSteps = {
-  say: (text) => void process.stderr.write(isJournal(process.stderr.fd) ? withPriorities(text) : text),
+  say: (text) => {
+    const { stderr } = io();
+    stderr.write(stderr.fd !== undefined && isJournal(stderr.fd) ? withPriorities(text) : text);
+  },
   finish: () => Promise.resolve(),
 };
 

@@ -1,6 +1,7 @@
 /** `sheepgate export`: a VDI or snapshot becomes a raw, sparse disk image, in a file or on stdout. */
 import { Command } from 'commander';
 import { OperationError } from '../operations/operations.js';
+import { io } from './command-io.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { exportImage } from '../jobs/export-image.js';
 import { isStdout } from '../jobs/image-target.js';
@@ -48,6 +49,6 @@ export function exportCommand(): Command {
     const seconds = (performance.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
     const what = `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s`;
-    process.stderr.write(`${printable(what)}: ${formatSize(copied.dataBytes)} of data\n`);
+    io().stderr.write(`${printable(what)}: ${formatSize(copied.dataBytes)} of data\n`);
   });
 }

@@ -4,10 +4,12 @@
  */
 import { endBySignal } from '../system/end-by-signal.js';
 import { InterruptedError } from '../system/interrupted-error.js';
+import { io } from './command-io.js';
 
 /** Run `work`. SIGINT and SIGTERM abort its AbortSignal with an InterruptedError as reason. */
 export async function interruptible<T>(work: (signal: AbortSignal) => Promise<T>): Promise<T> {
   const controller = new AbortController();
+  if (!io().takesSignals) return work(controller.signal);
   const onSignal = (signal: NodeJS.Signals): void => {
     if (controller.signal.aborted) endBySignal(signal);
     else controller.abort(new InterruptedError(signal));

@@ -3,6 +3,7 @@ import { Command, Option } from 'commander';
 import { migrateVdi, type Migrated, type MigrationResult, type Verify } from '../jobs/migration/migrate-vdi.js';
 import { withTwoStores, type StorePlace } from '../jobs/migration/two-stores.js';
 import { OperationError } from '../operations/operations.js';
+import { io } from './command-io.js';
 import { forceOption } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
@@ -142,7 +143,7 @@ function printResult(
     ...(hasSha256 ? [sha256 ?? '-'] : []),
   ]);
   const header = ['NAME', 'SIZE', 'COPIED', 'COMPARED', 'TREEHASH', ...(hasSha256 ? ['SHA256'] : [])];
-  process.stdout.write(table(header, rows, ['SIZE', 'COPIED', 'COMPARED']));
+  io().stdout.write(table(header, rows, ['SIZE', 'COPIED', 'COMPARED']));
   for (const { tag, renamedFrom } of all) {
     if (renamedFrom !== undefined) printLine(`${renamedFrom} became ${newName}@${tag}`);
   }

@@ -3,6 +3,7 @@
  * names of `--json`, and that names and tags reach the terminal without control sequences.
  */
 import { labelOfVdi } from '../store/vdi-record.js';
+import { io } from './command-io.js';
 import { redundancyJson } from './redundancy-output.js';
 import { printable, printableJson } from '../text/printable.js';
 import { specOf } from '../vdi/names.js';
@@ -10,16 +11,16 @@ import type { DamagedVdi, Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord }
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {
-  process.stdout.write(`${printableJson(JSON.stringify(value))}\n`);
+  io().stdout.write(`${printableJson(JSON.stringify(value))}\n`);
 }
 
 export function printLine(line: string): void {
-  process.stdout.write(`${printable(line)}\n`);
+  io().stdout.write(`${printable(line)}\n`);
 }
 
 /** One line on stderr that is not an error. */
 export function printNote(line: string): void {
-  process.stderr.write(`sheepgate: note: ${printable(line)}\n`);
+  io().stderr.write(`sheepgate: note: ${printable(line)}\n`);
 }
 
 /** A table with columns as wide as their widest cell; `right` names the columns that are aligned to the right. */

@@ -6,6 +6,7 @@ import { verifyTarget } from '../jobs/backup/verify-target.js';
 import type { WithStore } from '../jobs/with-store.js';
 import { asFileError } from '../jobs/file-errors.js';
 import { OperationError } from '../operations/operations.js';
+import { io } from './command-io.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
@@ -134,7 +135,7 @@ function list(given: string, target: BackupTarget, options: RestoreOptions): voi
     fileOf(target, index),
   ]);
   const right = ['ID', 'SIZE', 'CHANGED', 'STORED'];
-  process.stdout.write(table(['ID', 'TIME', 'KIND', 'SIZE', 'CHANGED', 'STORED', 'FILE'], rows, right));
+  io().stdout.write(table(['ID', 'TIME', 'KIND', 'SIZE', 'CHANGED', 'STORED', 'FILE'], rows, right));
 }
 
 /** The file to open. */

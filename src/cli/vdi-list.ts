@@ -1,6 +1,7 @@
 /** `sheepgate vdi list`: lists all VDIs and snapshots of the store. */
 import { Command } from 'commander';
 import { kindOf } from '../store/locations.js';
+import { io } from './command-io.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import type { VdiDetails } from '../operations/operations.js';
 import { damagedJson, formatTime, formatVid, otherSpec, printJson, table, vdiJson } from './output.js';
@@ -52,7 +53,7 @@ export function vdiListCommand(): Command {
     if (hasNumber) header.push('NUMBER');
     if (hasSpec) header.push('SPEC');
     if (hasState) header.push('STATE');
-    process.stdout.write(table(header, rows, ['ID', 'SIZE', 'USED', 'NUMBER']));
+    io().stdout.write(table(header, rows, ['ID', 'SIZE', 'USED', 'NUMBER']));
   });
 }
 

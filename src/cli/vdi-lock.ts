@@ -1,6 +1,7 @@
 /** `sheepgate vdi lock`: lists the locks of a cluster's nodes, and removes one that was left behind. */
 import { Command, Option } from 'commander';
 import type { LockStatus } from '../operations/operations.js';
+import { io } from './command-io.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatVid, printJson, printLine, printNote, table } from './output.js';
 
@@ -45,7 +46,7 @@ function listCommand(): Command {
       lock.holders.map(({ node, isMember }) => (isMember ? node : `${node} (no longer a member)`)).join(', '),
       lock.usedBy.length === 0 ? 'no' : `by ${lock.usedBy.join('; ')}`,
     ]);
-    process.stdout.write(table(['NAME', 'TAG', 'ID', 'KIND', 'LOCKED THROUGH', 'OPEN HERE'], rows, ['ID']));
+    io().stdout.write(table(['NAME', 'TAG', 'ID', 'KIND', 'LOCKED THROUGH', 'OPEN HERE'], rows, ['ID']));
   });
 }
 

@@ -3,130 +3,14 @@
  * Also how the catalog handles answers that such a store does not have, or has late.
  */
 import { beforeEach, describe, expect, test } from 'vitest';
-import type { Catalog, ObjectStore } from '../../src/store/object-store.js';
-import type { DiskVdi, ExtentSink, Switch } from '../../src/store/open-vdi.js';
-import { StoreError } from '../../src/store/store-error.js';
-import { inOrder, type VdiRecord } from '../../src/store/vdi-record.js';
+import type { ExtentSink } from '../../src/store/open-vdi.js';
 import { dataPageOf, changesPage } from '../../src/operations/data-page.js';
 import { VdiDevice } from '../../src/export/vdi-device.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { objectsOf, type Vdi } from '../../src/vdi/vdi.js';
+import { MemoryStore, type MemoryDisk } from '../stores/memory-store.js';
 
 const SIZE = 1024 * 1024;
-
-/** A disk as one buffer. It counts its requests. */
-class MemoryDisk implements DiskVdi {
-  readonly kind = 'disk';
-  isOpen = true;
-  requests = 0;
-  diskChanges: DiskVdi['diskChanges'];
-  diskExtents: DiskVdi['diskExtents'];
-
-  constructor(
-    readonly store: MemoryStore,
-    public record: VdiRecord,
-    public bytes: Buffer,
-  ) {}
-
-  readDisk(offset: number, into: Buffer): void {
-    this.requests++;
-    this.bytes.copy(into, 0, offset, offset + into.length);
-  }
-
-  async writeDisk(offset: number, data: Buffer): Promise<void> {
-    this.requests++;
-    await Promise.resolve();
-    data.copy(this.bytes, offset);
-  }
-
-  zeroDisk(offset: number, length: number): void {
-    this.requests++;
-    this.bytes.fill(0, offset, offset + length);
-  }
-
-  flushDisk(): void {
-    this.requests++;
-  }
-
-  mark(): Promise<VdiRecord> {
-    return Promise.resolve(this.record);
-  }
-
-  resize(size: number): Promise<VdiRecord> {
-    this.bytes = Buffer.concat([this.bytes, Buffer.alloc(size)], size);
-    return Promise.resolve((this.record = { ...this.record, size }));
-  }
-
-  prepareSwitch(tag: string): Switch {
-    const { record } = this;
-    const snapshot = { ...record, vid: ++this.store.lastVid, tag, isSnapshot: true, snapshotAt: Date.now() };
-    return {
-      switchOver: async () => {
-        await Promise.resolve();
-        this.store.disks.set(snapshot.vid, new MemoryDisk(this.store, snapshot, Buffer.from(this.bytes)));
-        this.record = { ...record, snapId: record.snapId + 1 };
-      },
-      finish: () => Promise.resolve(snapshot),
-    };
-  }
-
-  close(): Promise<void> {
-    this.isOpen = false;
-    return Promise.resolve();
-  }
-}
-
-class MemoryStore implements ObjectStore {
-  readonly location = 'memory';
-  readonly identity = 'memory';
-  readOnlyBecause: string | undefined;
-  readonly state = undefined;
-  readonly disks = new Map<number, MemoryDisk>();
-  lastVid = 0;
-
-  readonly catalog: Catalog = {
-    list: () => [...this.disks.values()].map(({ record }) => record).sort(inOrder),
-    named: (name) => [...this.disks.values()].map(({ record }) => record).filter((record) => record.name === name),
-    record: (vid) => this.disks.get(vid)?.record,
-    create: (name, size, blockSizeShift) => {
-      const vid = ++this.lastVid;
-      const times = { createdAt: 1, snapshotAt: 0 };
-      const record = { vid, name, tag: '', isSnapshot: false, snapId: 1, size, blockSizeShift, parentVid: 0, ...times };
-      this.disks.set(vid, new MemoryDisk(this, record, Buffer.alloc(size)));
-      return Promise.resolve(record);
-    },
-    open: (vid) => {
-      const disk = this.disks.get(vid);
-      if (!disk) throw new StoreError('IO', 'no such disk');
-      disk.isOpen = true;
-      return Promise.resolve(disk);
-    },
-    clone: (vid, name) => this.#copyOf(vid, { name, tag: '', isSnapshot: false, snapshotAt: 0 }),
-    rollback: (vid, snapshotVid) => {
-      const { name } = this.disks.get(vid)?.record ?? { name: '' };
-      this.disks.delete(vid);
-      return this.#copyOf(snapshotVid, { name, tag: '', isSnapshot: false, snapshotAt: 0 });
-    },
-    remove: (vid) => Promise.resolve(void this.disks.delete(vid)),
-    reclaimed: () => Promise.resolve(),
-    usage: () => ({ allocated: 0, exclusive: 0 }),
-    usages: () => new Map(),
-    check: () =>
-      Promise.resolve({ objects: 0, vdis: this.disks.size, problems: [], orphans: 0, orphanBytes: 0, repaired: 0 }),
-  };
-
-  #copyOf(vid: number, change: Partial<VdiRecord>): Promise<VdiRecord> {
-    const from = this.disks.get(vid);
-    if (!from) throw new StoreError('IO', 'no such disk');
-    const record = { ...from.record, ...change, vid: ++this.lastVid, parentVid: vid };
-    this.disks.set(record.vid, new MemoryDisk(this, record, Buffer.from(from.bytes)));
-    return Promise.resolve(record);
-  }
-
-  close(): Promise<void> {
-    return Promise.resolve();
-  }
-}
 
 let store: MemoryStore;
 let catalog: VdiCatalog;
