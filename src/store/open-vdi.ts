@@ -30,8 +30,11 @@ export interface VdiControl {
    * that the snapshot shall bear, if that is not now. A mark of an unfinished VDI stays with the working VDI.
    */
   prepareSwitch(tag: string, takenAt?: number): Switch;
-  /** The same for a snapshot that `Catalog.remove` drops soon. Absent: the store has no cheaper way than `prepareSwitch`. */
-  prepareTemporary?(tag: string): Awaitable<Switch>;
+  /**
+   * The same for a temporary snapshot: its record has `isTemporary`, and `Catalog.remove` drops it soon. A store without a cheaper
+   * way takes a snapshot like any other and keeps that mark with it.
+   */
+  prepareTemporary(tag: string): Awaitable<Switch>;
   /** Called once nobody has the VDI open any more. Changes that are not durable are flushed first. */
   close(): Promise<void>;
 }

@@ -49,6 +49,10 @@ export abstract class ReadOnlyObjects {
     return this.#refuse();
   }
 
+  prepareTemporary(): Switch {
+    return this.#refuse();
+  }
+
   /** Nothing is dirty. */
   flush(): Promise<void> {
     return Promise.resolve();

@@ -47,7 +47,7 @@ export async function takeSnapshot(
 export function takeTemporary(parts: CatalogParts, name: string, tag: string): Promise<VdiRecord> {
   return parts.queue.changeTemporaries(name, async () => {
     checkTemporaryTag(tag);
-    return switchTo(parts, name, tag, (vdi) => vdi.prepareTemporary?.(tag) ?? vdi.prepareSwitch(tag));
+    return switchTo(parts, name, tag, (vdi) => vdi.prepareTemporary(tag));
   });
 }
 

@@ -65,8 +65,16 @@ export class MemoryDisk implements DiskVdi {
   }
 
   prepareSwitch(tag: string): Switch {
+    return this.#switchTo({ tag });
+  }
+
+  prepareTemporary(tag: string): Switch {
+    return this.#switchTo({ tag, isTemporary: true });
+  }
+
+  #switchTo(given: { readonly tag: string; readonly isTemporary?: true }): Switch {
     const { record } = this;
-    const snapshot = { ...record, vid: ++this.store.lastVid, tag, isSnapshot: true, snapshotAt: Date.now() };
+    const snapshot = { ...record, ...given, vid: ++this.store.lastVid, isSnapshot: true, snapshotAt: Date.now() };
     return {
       switchOver: async () => {
         await Promise.resolve();

@@ -61,6 +61,9 @@ describe('a store whose disks do copy-on-write themselves', () => {
     await vdi.write(0, Buffer.from('after!'), false);
     expect(tag).toBe('now');
     expect(store.disks.get(vid)?.bytes.toString('latin1', 0, 6)).toBe('before');
+    expect((await bytesOf('disk@now')).toString('latin1', 0, 6)).toBe('before');
+    await catalog.dropTemporary('disk', 'now');
+    expect(store.disks.has(vid)).toBe(false);
   });
 
   test('gets no request outside the disk, and no change of a snapshot or of a read-only store', async () => {
