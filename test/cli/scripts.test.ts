@@ -22,9 +22,9 @@ test('benchmarks and recorders answer --help, and report wrong options', async (
     }),
   );
   for (const [args, says] of [
-    [['--seconds', 'x'], /--seconds: "x" is no number above zero/],
+    [['--seconds', 'x'], /--seconds: "x" is not a number above zero/],
     [['--only', '('], /Invalid regular expression/],
-    [['--dist', '/nowhere'], /--dist: \/nowhere is no build/],
+    [['--dist', '/nowhere'], /--dist: \/nowhere is not a build/],
     [['--dir', '/nowhere'], /--dir: \/nowhere is not a directory/],
   ] as const) {
     const wrong = await run(process.execPath, ['bench/attacks.mjs', ...args], { cwd: ROOT });

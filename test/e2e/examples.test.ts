@@ -45,7 +45,7 @@ needs('qemu-io')('qemu-io-session.sh: disk and snapshot each have their own patt
 needs('nbdcopy')('snapshot-while-writing.sh: the copy is of one moment, and its space is freed', async () => {
   const out = await example('snapshot-while-writing.sh');
   expect(out).toMatch(/the copy is of one moment/);
-  expect(out).toMatch(/deleted disk@monday\nthe store has 6\d MiB, and the writer goes on\n$/);
+  expect(out).toMatch(/deleted disk@monday\nthe store has 6\d MiB, and the writer continues\n$/);
 });
 
 needs('nbdcopy')('backup-now.sh: three ways of copying each give one moment, and leave nothing behind', async () => {
