@@ -543,6 +543,23 @@ function sizes(session: Session): void {
     if (!session.abilities.canSnapshot) return context.skip();
     await session.checkSpec(`${name}@s`, disk.content);
   });
+
+  test('a disk shrinks where a snapshot shares zeros with it, and leaves nothing behind its end', async (context) => {
+    const { catalog, abilities } = session;
+    if (!abilities.canSnapshot) return context.skip();
+    const { name, disk } = await session.newDisk(3);
+    await disk.write(0, OBJECT, 1);
+    await disk.zero(OBJECT, 2 * OBJECT, true);
+    await catalog.snapshot(name, 's');
+    await session.release(disk.vdi);
+    await catalog.resize(name, 512, { force: true });
+    await session.checkSpec(name, disk.content.subarray(0, 512));
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+    await session.checkSpec(`${name}@s`, disk.content);
+    await catalog.remove(`${name}@s`);
+    await catalog.remove(name);
+    await session.checkNothingLeft();
+  });
 }
 
 function changes(session: Session): void {

@@ -26,6 +26,7 @@ import { countUsage, countUsages } from './catalog-usage.js';
 import { isLeftMark, leftMarks, withMark } from './left-marks.js';
 import { encodeSize } from '../../sheepdog/inode.js';
 import { encodeTag } from '../../sheepdog/text-fields.js';
+import { inParallel } from '../../system/in-parallel.js';
 import { SheepVdi } from './sheep-vdi.js';
 import { objectCount } from '../../sheepdog/inode-table.js';
 import {
@@ -43,6 +44,8 @@ import { recordOf } from './vdi-record.js';
 const VIDS_AGE_MS = 1000;
 /** Snapshots that other clients may take during a resize before it is given up. */
 const MAX_TAKE_ATTEMPTS = 5;
+/** Entries that a resize clears at a time. */
+const PARALLEL_ENTRIES = 1024;
 /** For asking, on close, whether a failed VDI still exists. */
 const CLOSING_LOOK_MS = 2_000;
 /**
@@ -362,13 +365,10 @@ export class SheepCatalog implements Catalog {
   }
 
   async resize(sheep: SheepVdi, size: number): Promise<VdiRecord> {
-    for (let attempt = 0; ; attempt++) {
+    for (let attempt = 0; attempt <= MAX_TAKE_ATTEMPTS; attempt++) {
       await sheep.look();
       const { inode } = sheep;
-      const count = objectCount(size, inode.blockSizeShift);
-      for (let idx = count; idx < sheep.map.length; idx++) {
-        if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
-      }
+      if (!(await letGoBehind(sheep, objectCount(size, inode.blockSizeShift)))) continue;
       await this.#writeSize(inode.vid, size);
       // If another client has taken a snapshot meanwhile, the size was written to the snapshot.
       if (!(await this.#cluster.readInode(inode.vid)).isSnapshot) {
@@ -377,10 +377,8 @@ export class SheepCatalog implements Catalog {
       }
       await this.#writeSize(inode.vid, inode.size);
       await sheep.follow(inode.vid);
-      if (attempt === MAX_TAKE_ATTEMPTS) {
-        throw new StoreError('IO', `${inode.name} is being snapshotted again and again; it was not resized`);
-      }
     }
+    throw new StoreError('IO', `${sheep.record.name} is being snapshotted again and again; it was not resized`);
   }
 
   async remove(vid: number): Promise<void> {
@@ -504,4 +502,20 @@ function refuseHyper(inode: Inode, done: string): void {
     `${inode.name} is a hyper volume (made with -y) and is not ${done}: nodes do not count who shares its objects; copy it ` +
       'into a VDI of another kind for that',
   );
+}
+
+/**
+ * Clears the entries from `count` on: zeros that a snapshot shares have stayed there, and nodes would count references of
+ * objects behind the end for ever. False if another client has taken a snapshot meanwhile.
+ */
+async function letGoBehind(sheep: SheepVdi, count: number): Promise<boolean> {
+  const left: number[] = [];
+  for (let idx = count; idx < sheep.map.length; idx++) if (sheep.map[idx] !== 0) left.push(idx);
+  try {
+    await inParallel(PARALLEL_ENTRIES, left, (idx) => sheep.setOwner(idx, 0));
+    return true;
+  } catch (error) {
+    if ((error as StoreError).code === 'MOVED') return false;
+    throw error;
+  }
 }
