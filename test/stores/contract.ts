@@ -506,12 +506,21 @@ function clones(session: Session): void {
 
   test('a temporary snapshot is neither cloned nor rolled back to: it goes when its reader does', async (context) => {
     if (!session.abilities.canSnapshotTemporarily) return context.skip();
+    const { catalog } = session;
     const { name, disk } = await session.newDisk(1);
     await session.release(disk.vdi);
-    await session.catalog.snapshotTemporary(name, 'now');
-    expect(await codeOf(() => session.catalog.clone(`${name}@now`, `${name}-clone`))).toBe('UNSUPPORTED');
-    expect(await codeOf(() => session.catalog.rollback(`${name}@now`))).toBe('UNSUPPORTED');
-    await session.catalog.dropTemporary(name, 'now');
+    const { vid } = await catalog.snapshotTemporary(name, 'now');
+    const refused = async (): Promise<void> => {
+      expect(await codeOf(() => catalog.clone(`${name}@now`, `${name}-clone`))).toBe('UNSUPPORTED');
+      expect(await codeOf(() => catalog.rollback(`${name}@now`))).toBe('UNSUPPORTED');
+      expect(await session.names()).toEqual([`${name}@now`, name]);
+    };
+    await refused();
+    // Also while it is kept for a client: a rollback ends such snapshots, and one that is refused must not.
+    const kept = { client: 'a client', until: Date.now() + 60_000 };
+    catalog.keeper = { kept: (other) => (other === vid ? kept : undefined), dropped: () => undefined };
+    await refused();
+    await catalog.dropTemporary(name, 'now');
   });
 }
 
