@@ -232,7 +232,7 @@ function holes(session: Session): void {
     const { vdi } = disk;
     expect(await extentsOf(vdi)).toEqual([{ at: 0, length: 100 * OBJECT, flag: true }]);
     expect(await extentsOf(vdi, 700, OBJECT)).toEqual([{ at: 700, length: OBJECT, flag: true }]);
-    expect(vdi.isHole(0, 100 * OBJECT)).toBe(true);
+    if (session.abilities.knowsHolesAtOnce) expect(vdi.isHole(0, 100 * OBJECT)).toBe(true);
     await session.release(vdi);
   });
 
@@ -247,7 +247,7 @@ function holes(session: Session): void {
       flag: idx % 2 === 0,
     }));
     expect(await extentsOf(vdi)).toEqual(expected);
-    expect(vdi.isHole(0, OBJECT)).toBe(true);
+    if (session.abilities.knowsHolesAtOnce) expect(vdi.isHole(0, OBJECT)).toBe(true);
     expect(vdi.isHole(OBJECT - 1, 2)).toBe(false);
     let asked = 0;
     await vdi.extents(0, vdi.size, () => ++asked < 2);
@@ -337,7 +337,7 @@ function snapshots(session: Session): void {
     await disk.write(0, 4 * OBJECT, 1);
     await session.catalog.snapshot(name, 'a');
     await disk.write(0, BLOCK, 2);
-    expect(disk.vdi.copies).toBe(1);
+    if (session.abilities.countsCopies) expect(disk.vdi.copies).toBe(1);
     await session.catalog.snapshot(name, 'b');
     await disk.write(OBJECT, BLOCK, 3);
     for (const tag of ['a', 'b']) await session.catalog.remove(`${name}@${tag}`);
