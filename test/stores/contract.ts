@@ -145,6 +145,30 @@ function names(session: Session): void {
     expect(await codeOf(() => catalog.begin(name, begin))).toBe('EXISTS');
   });
 
+  test('a snapshot of a VDI that is being filled is finished; its VDI is not, until it is rolled back by somebody else', async (context) => {
+    const { catalog, abilities } = session;
+    if (!abilities.canSnapshot || !abilities.canClone) return context.skip();
+    const name = session.newName();
+    const run = '01';
+    const beginning = { by: 'import', of: 'ab', size: 2 * OBJECT, overwrites: false, goesOn: false } as const;
+    await catalog.begin(name, { ...beginning, blockSizeShift: Math.log2(OBJECT), run });
+    const disk = new Disk(await catalog.openVdi(name, { run }));
+    await disk.write(5, 10, 1);
+    expect(await codeOf(() => catalog.snapshot(name, 's'))).toBe('UNFINISHED');
+    await catalog.snapshot(name, 's', { run });
+    const frozen = disk.now();
+    await disk.write(OBJECT, 10, 2);
+    await catalog.release(disk.vdi);
+    expect((await catalog.find(`${name}@s`)).unfinished).toBeUndefined();
+    await session.checkSpec(`${name}@s`, frozen);
+    expect((await catalog.find(name)).unfinished?.run).toBe(run);
+    await catalog.rollback(`${name}@s`, { run });
+    expect((await catalog.find(name)).unfinished?.run).toBe(run);
+    await catalog.rollback(`${name}@s`);
+    expect((await catalog.find(name)).unfinished).toBeUndefined();
+    await session.checkSpec(name, frozen);
+  });
+
   test('a check of a sound store finds nothing', async () => {
     const { name, disk } = await session.newDisk(3);
     await disk.write(0, 2 * OBJECT, 1);
@@ -329,6 +353,23 @@ function snapshots(session: Session): void {
     for (const [spec, expected] of taken) await session.checkSpec(spec, expected);
     await session.release(disk.vdi);
     await session.checkSpec(name, disk.content);
+  });
+
+  test('a snapshot bears the time that it was given, and what it shares with its VDI is exclusive to neither', async () => {
+    const { name, disk } = await session.newDisk(4);
+    await disk.write(0, 3 * OBJECT, 1, true);
+    const takenAt = Date.UTC(2010, 0, 2, 3, 4, 5);
+    expect((await session.catalog.snapshot(name, 's', { takenAt })).snapshotAt).toBe(takenAt);
+    expect((await session.catalog.find(`${name}@s`)).snapshotAt).toBe(takenAt);
+    await disk.write(OBJECT, OBJECT, 2, true);
+    await disk.write(3 * OBJECT, BLOCK, 2, true);
+    const spaceOf = async (spec: string): Promise<number[]> => {
+      const { allocatedBytes, exclusiveBytes } = await session.catalog.show(spec);
+      return [allocatedBytes / OBJECT, exclusiveBytes / OBJECT];
+    };
+    expect(await spaceOf(name)).toEqual([4, 2]);
+    expect(await spaceOf(`${name}@s`)).toEqual([3, 1]);
+    await session.release(disk.vdi);
   });
 
   test('when the last snapshot is gone, nothing is copied any more and nothing of it takes space', async (context) => {
@@ -627,11 +668,14 @@ function endings(session: Session): void {
     await session.checkSpec(name, disk.content);
   });
 
-  test('after a kill all that a flush or a FUA write has answered is there', async () => {
+  test('after a kill all that a flush or a FUA request has answered is there', async () => {
     const { name, disk } = await session.newDisk(4);
     await disk.write(0, 2 * OBJECT, 1);
     await disk.vdi.flush();
     await disk.write(2 * OBJECT + 5, 100, 2, true);
+    await disk.vdi.zero(OBJECT / 2, 1000, { noHole: true, fua: true });
+    await disk.vdi.trim(OBJECT, OBJECT, true);
+    disk.content.fill(0, OBJECT / 2, OBJECT / 2 + 1000).fill(0, OBJECT, 2 * OBJECT);
     await session.crash();
     await session.checkSpec(name, disk.content);
     expect((await session.catalog.check({ repair: false })).problems).toEqual([]);
