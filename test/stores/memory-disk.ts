@@ -72,7 +72,10 @@ export class MemoryDisk implements DiskVdi {
     if (fua) this.#makeDurable(offset, end);
   }
 
-  /** Only whole blocks are given back. In a block that is there, or must be, zeros are written. */
+  /**
+   * Whole blocks are given back. In a part of a block that is there, and with `noHole`, zeros are written. Zeros that another disk
+   * shares stay as they are.
+   */
   async zeroDisk(
     offset: number,
     length: number,
@@ -81,14 +84,15 @@ export class MemoryDisk implements DiskVdi {
     this.requests++;
     await nextTurn();
     const end = offset + length;
-    const touched = noHole ? blocksOf(offset, end) : indicesIn(this.#blocks, offset, end);
+    const touched = noHole
+      ? blocksOf(offset, end)
+      : indicesIn(this.#blocks, offset, end).filter((index) => !this.#sharesZeros(index, offset, end));
     const writes = (index: number): boolean => noHole || !this.#isWhole(index, offset, end);
     if (fastZero && touched.some(writes)) {
       throw new StoreError('SLOW', `zeroing ${length} bytes at ${offset} needs zeros to be written`);
     }
     for (const index of touched) {
-      const { from, to } = partOf(Math.max(offset, index * BLOCK), end);
-      if (writes(index)) this.#replace(index, (block) => block.fill(0, from, to));
+      if (writes(index)) this.#replace(index, (block) => rangeIn(block, index, offset, end).fill(0));
       else this.#blocks.delete(index);
     }
     if (fua) this.#makeDurable(offset, end);
@@ -138,8 +142,8 @@ export class MemoryDisk implements DiskVdi {
         snapshot = new MemoryDisk(this.#store, record, this.#blocks);
       },
       finish: async () => {
-        await nextTurn();
         if (!snapshot) throw new Error('invariant: a snapshot is finished that was not taken');
+        await nextTurn();
         this.#store.keep(snapshot);
         this.change({ snapId: this.#record.snapId + 1, parentVid: vid });
         return snapshot.record;
@@ -213,6 +217,13 @@ export class MemoryDisk implements DiskVdi {
     this.#blocks.set(index, block);
   }
 
+  /** The bytes of the block that are in [offset, end) are zeros, and another disk has the block as well. */
+  #sharesZeros(index: number, offset: number, end: number): boolean {
+    const block = this.#blocks.get(index);
+    if (block === undefined || !isZeros(rangeIn(block, index, offset, end))) return false;
+    return [...this.#store.disks.values()].some((other) => other !== this && other.#blocks.get(index) === block);
+  }
+
   /** All bytes of the block that are the disk's are in [offset, end). */
   #isWhole(index: number, offset: number, end: number): boolean {
     return offset <= index * BLOCK && end >= Math.min((index + 1) * BLOCK, this.#record.size);
@@ -237,6 +248,12 @@ export class MemoryDisk implements DiskVdi {
 function partOf(offset: number, end: number): { readonly index: number; readonly from: number; readonly to: number } {
   const index = Math.floor(offset / BLOCK);
   return { index, from: offset - index * BLOCK, to: Math.min(BLOCK, end - index * BLOCK) };
+}
+
+/** The bytes of the block that are in [offset, end) of the disk. */
+function rangeIn(block: Buffer, index: number, offset: number, end: number): Buffer {
+  const at = index * BLOCK;
+  return block.subarray(Math.max(0, offset - at), Math.min(BLOCK, end - at));
 }
 
 /** The blocks that are there and have bytes in [offset, end), in order. Its cost does not grow with the range. */
