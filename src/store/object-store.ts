@@ -120,9 +120,12 @@ export interface Catalog {
    * removes stored snapshots with reserved tags: an earlier version has left them. Absent: they are stored.
    */
   readonly temporariesStoreNothing?: boolean;
-  /** A new working VDI `name` that reads as snapshot `vid`. */
+  /** A new working VDI `name` that reads as snapshot `vid`, which is not temporary. */
   clone(vid: number, name: string): Promise<VdiRecord>;
-  /** Replace the working VDI `vid` by a new one that reads as `snapshotVid`, with the mark `unfinished` or none. */
+  /**
+   * Replace the working VDI `vid` by a new one that reads as the snapshot `snapshotVid`, which is not temporary, with the mark
+   * `unfinished` or none.
+   */
   rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord>;
   /** Drop the record and all references. Objects without references are removed in the background: see `reclaimed`. */
   remove(vid: number): Promise<void>;

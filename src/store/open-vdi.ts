@@ -23,7 +23,10 @@ export interface VdiControl {
   look?(): Promise<void>;
   /** Set the mark of an unfinished VDI, or remove it. Durable when it resolves. Only of a working VDI. */
   mark(unfinished: Unfinished | undefined): Promise<VdiRecord>;
-  /** Called while no write is under way. Only of a working VDI. */
+  /**
+   * Only of a working VDI. Before it shrinks, what is cut off is zeroed; zeros that a snapshot shares may still be allocated
+   * there. An ObjectVdi is resized while no write is under way. A DiskVdi may be written meanwhile, but only when it grows.
+   */
   resize(size: number): Promise<VdiRecord>;
   /**
    * Prepare to make the present content a snapshot. Nothing has happened until `switchOver` is called. `takenAt`: the time
@@ -42,8 +45,10 @@ export interface VdiControl {
 /** A snapshot in two steps, so that writers wait for the first one only. */
 export interface Switch {
   /**
-   * The first step: from here on the present content is the snapshot's. src/vdi holds all writers meanwhile, so a store
-   * should be quick, or do it at once (undefined). If this fails, nothing has changed.
+   * The first step: from here on the present content is the snapshot's. If this fails, nothing has changed. src/vdi holds the
+   * writers of an ObjectVdi meanwhile, so a store should be quick, or do it at once (undefined). It holds no writers of a
+   * DiskVdi: every write answered before this call is in the snapshot, none that begins after `finish` has resolved is, and a
+   * write in between is in it or not.
    */
   switchOver(): Awaitable<void>;
   /**
@@ -155,7 +160,10 @@ export interface DiskVdi extends VdiControl {
   readDisk(offset: number, into: Buffer): Awaitable<void>;
   /** With `fua`, durable when it answers. Errors: NO_SPACE, IO. */
   writeDisk(offset: number, data: Buffer, fua: boolean): Awaitable<void>;
-  /** With `fastZero` it fails (StoreError SLOW) before anything has changed where zeros would have to be written. */
+  /**
+   * The range reads as zeros afterwards. Its space is given back unless `noHole`; zeros that a snapshot shares may stay as they
+   * are. With `fastZero` it fails (StoreError SLOW) before anything has changed where zeros would have to be written.
+   */
   zeroDisk(
     offset: number,
     length: number,

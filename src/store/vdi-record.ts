@@ -69,7 +69,11 @@ export function labelOfVdi({ name, tag, isSnapshot }: VdiRecord): string {
   return isSnapshot ? `${name}@${tag}` : name;
 }
 
-/** The order of `Catalog.list`: by name, then as snapshots were taken. */
+/**
+ * The order of `Catalog.list`: by name, then as snapshots were taken, the working VDI last. A temporary snapshot may have the
+ * `snapId` of its working VDI.
+ */
 export function inOrder(a: VdiRecord, b: VdiRecord): number {
-  return a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId;
+  if (a.name !== b.name) return a.name < b.name ? -1 : 1;
+  return a.snapId - b.snapId || Number(b.isSnapshot) - Number(a.isSnapshot);
 }

@@ -186,7 +186,10 @@ export class VdiCatalog {
     return dropLeftovers(this.#parts);
   }
 
-  /** A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT (`spec` is none), BAD_NAME, EXISTS, BUSY, READ_ONLY. */
+  /**
+   * A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT (`spec` is none), UNSUPPORTED (it is temporary), BAD_NAME,
+   * EXISTS, BUSY, READ_ONLY.
+   */
   clone(spec: string, newName: string, options: ForceOption = {}): Promise<VdiRecord> {
     return cloneSnapshot(this.#parts, spec, newName, options);
   }
@@ -194,7 +197,7 @@ export class VdiCatalog {
   /**
    * The working VDI gets the content of the snapshot. What was written since is gone, and so is the mark "unfinished", unless
    * the run that fills the VDI calls with its `run`. Kept temporary snapshots of it end. Errors: IS_SNAPSHOT (`spec` is
-   * none), BUSY, UNFINISHED, READ_ONLY, those of `find`.
+   * none), UNSUPPORTED (it is temporary), BUSY, UNFINISHED, READ_ONLY, those of `find`.
    */
   rollback(spec: string, options: Filling & ForceOption = {}): Promise<VdiRecord & Ended> {
     return rollBack(this.#parts, spec, options);

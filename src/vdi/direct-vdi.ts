@@ -1,6 +1,6 @@
 /**
  * A VDI whose store does copy-on-write itself: requests go to the store as they come, and so do snapshots. No gate holds
- * writers here: what a snapshot and a write in flight may do to each other is the store's to order.
+ * writers here: the store orders a snapshot, or growing, and the writes in flight (src/store/open-vdi.ts).
  */
 import type { DiskVdi, Switch } from '../store/open-vdi.js';
 import type { Awaitable, VdiRecord } from '../store/vdi-record.js';

@@ -80,12 +80,21 @@ export class Lookup {
     return found;
   }
 
-  /** `purpose`, for the message: "clone". Errors: IS_SNAPSHOT (it is none), those of `find`. */
+  /**
+   * `purpose`, for the message: "clone". Errors: IS_SNAPSHOT (it is none), UNSUPPORTED (it is temporary, and ends with its
+   * reader), those of `find`.
+   */
   async findSnapshot(text: string, purpose: string): Promise<VdiRecord> {
     const spec = parseSpec(text);
     const found = spec.tag !== undefined || spec.vid !== undefined ? await this.find(spec) : undefined;
     if (!found?.isSnapshot) {
       throw new CatalogError('IS_SNAPSHOT', `can only ${purpose} a snapshot: give NAME@TAG, not "${text}"`);
+    }
+    if (found.isTemporary) {
+      throw new CatalogError(
+        'UNSUPPORTED',
+        `cannot ${purpose} the temporary snapshot ${text}; take one that stays with 'sheepgate vdi snapshot'`,
+      );
     }
     return found;
   }

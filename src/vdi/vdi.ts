@@ -70,7 +70,10 @@ export interface Vdi {
    * it has resolved is, and a write in flight meanwhile is in it or not. Call it right after `change` is prepared.
    */
   take(change: Switch): Promise<VdiRecord>;
-  /** Run `work` while no write is in flight; new writes wait until it has ended. One at a time. */
+  /**
+   * Run `work` while no write is in flight; new writes wait until it has ended. One at a time. Where the store copies by itself,
+   * it orders `work` and writes: nothing is held.
+   */
   withWritersHeld<T>(work: () => Promise<T>): Promise<T>;
   /** Close it in the store. Nothing may be called afterwards. */
   close(): Promise<void>;

@@ -24,6 +24,6 @@ export const QUICK = [
   'test/export/*.test.ts',
   'test/sheep/{bad-nodes,deadlines,epochs,hash-ring,layouts,read-ahead,vids-in-use}.test.ts',
   'test/store/{local-store,locations,record-index}.test.ts',
-  'test/stores/{local,read-only}.test.ts',
+  'test/stores/{local,memory,read-only}.test.ts',
   'test/vdi/{catalog-concurrency,direct-vdi,long-requests,timestamp,store-calls,trim-shared}.test.ts',
 ];

@@ -226,6 +226,23 @@ export function concurrency(session: Session): void {
     await session.release(vdi);
   };
 
+  test('a disk that grows while four writers write it loses no write', async (context) => {
+    if (!abilities.canResize) return context.skip();
+    const { name, disk } = await session.newDisk(OBJECTS);
+    await load(disk.vdi, async (load) => {
+      for (let n = 1; n <= 3; n++) {
+        await load.writes(50);
+        const before = load.acknowledged.slice();
+        await session.catalog.resize(name, (OBJECTS + n) * OBJECT);
+        const seen = await bytesOf(disk.vdi);
+        expectMoment(seen, before, load.issued.slice());
+        expect(seen.subarray(OBJECTS * OBJECT).equals(Buffer.alloc(n * OBJECT)), 'what it has grown by').toBe(true);
+      }
+    });
+    expect((await session.catalog.find(name)).size).toBe((OBJECTS + 3) * OBJECT);
+    await session.release(disk.vdi);
+  });
+
   test('whoever opens and releases a VDI again and again, beside others, finds all that was written', async () => {
     const { name, disk } = await session.newDisk(2);
     await session.release(disk.vdi);

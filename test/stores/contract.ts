@@ -145,6 +145,30 @@ function names(session: Session): void {
     expect(await codeOf(() => catalog.begin(name, begin))).toBe('EXISTS');
   });
 
+  test('a snapshot of a VDI that is being filled is finished; its VDI is not, until it is rolled back by somebody else', async (context) => {
+    const { catalog, abilities } = session;
+    if (!abilities.canSnapshot || !abilities.canClone) return context.skip();
+    const name = session.newName();
+    const run = '01';
+    const beginning = { by: 'import', of: 'ab', size: 2 * OBJECT, overwrites: false, goesOn: false } as const;
+    await catalog.begin(name, { ...beginning, blockSizeShift: Math.log2(OBJECT), run });
+    const disk = new Disk(await catalog.openVdi(name, { run }));
+    await disk.write(5, 10, 1);
+    expect(await codeOf(() => catalog.snapshot(name, 's'))).toBe('UNFINISHED');
+    await catalog.snapshot(name, 's', { run });
+    const frozen = disk.now();
+    await disk.write(OBJECT, 10, 2);
+    await catalog.release(disk.vdi);
+    expect((await catalog.find(`${name}@s`)).unfinished).toBeUndefined();
+    await session.checkSpec(`${name}@s`, frozen);
+    expect((await catalog.find(name)).unfinished?.run).toBe(run);
+    await catalog.rollback(`${name}@s`, { run });
+    expect((await catalog.find(name)).unfinished?.run).toBe(run);
+    await catalog.rollback(`${name}@s`);
+    expect((await catalog.find(name)).unfinished).toBeUndefined();
+    await session.checkSpec(name, frozen);
+  });
+
   test('a check of a sound store finds nothing', async () => {
     const { name, disk } = await session.newDisk(3);
     await disk.write(0, 2 * OBJECT, 1);
@@ -232,7 +256,7 @@ function holes(session: Session): void {
     const { vdi } = disk;
     expect(await extentsOf(vdi)).toEqual([{ at: 0, length: 100 * OBJECT, flag: true }]);
     expect(await extentsOf(vdi, 700, OBJECT)).toEqual([{ at: 700, length: OBJECT, flag: true }]);
-    expect(vdi.isHole(0, 100 * OBJECT)).toBe(true);
+    if (session.abilities.knowsHolesAtOnce) expect(vdi.isHole(0, 100 * OBJECT)).toBe(true);
     await session.release(vdi);
   });
 
@@ -247,7 +271,7 @@ function holes(session: Session): void {
       flag: idx % 2 === 0,
     }));
     expect(await extentsOf(vdi)).toEqual(expected);
-    expect(vdi.isHole(0, OBJECT)).toBe(true);
+    if (session.abilities.knowsHolesAtOnce) expect(vdi.isHole(0, OBJECT)).toBe(true);
     expect(vdi.isHole(OBJECT - 1, 2)).toBe(false);
     let asked = 0;
     await vdi.extents(0, vdi.size, () => ++asked < 2);
@@ -331,13 +355,30 @@ function snapshots(session: Session): void {
     await session.checkSpec(name, disk.content);
   });
 
+  test('a snapshot bears the time that it was given, and what it shares with its VDI is exclusive to neither', async () => {
+    const { name, disk } = await session.newDisk(4);
+    await disk.write(0, 3 * OBJECT, 1, true);
+    const takenAt = Date.UTC(2010, 0, 2, 3, 4, 5);
+    expect((await session.catalog.snapshot(name, 's', { takenAt })).snapshotAt).toBe(takenAt);
+    expect((await session.catalog.find(`${name}@s`)).snapshotAt).toBe(takenAt);
+    await disk.write(OBJECT, OBJECT, 2, true);
+    await disk.write(3 * OBJECT, BLOCK, 2, true);
+    const spaceOf = async (spec: string): Promise<number[]> => {
+      const { allocatedBytes, exclusiveBytes } = await session.catalog.show(spec);
+      return [allocatedBytes / OBJECT, exclusiveBytes / OBJECT];
+    };
+    expect(await spaceOf(name)).toEqual([4, 2]);
+    expect(await spaceOf(`${name}@s`)).toEqual([3, 1]);
+    await session.release(disk.vdi);
+  });
+
   test('when the last snapshot is gone, nothing is copied any more and nothing of it takes space', async (context) => {
     if (!session.abilities.copiesEndWithSnapshots) return context.skip();
     const { name, disk } = await session.newDisk(4);
     await disk.write(0, 4 * OBJECT, 1);
     await session.catalog.snapshot(name, 'a');
     await disk.write(0, BLOCK, 2);
-    expect(disk.vdi.copies).toBe(1);
+    if (session.abilities.countsCopies) expect(disk.vdi.copies).toBe(1);
     await session.catalog.snapshot(name, 'b');
     await disk.write(OBJECT, BLOCK, 3);
     for (const tag of ['a', 'b']) await session.catalog.remove(`${name}@${tag}`);
@@ -506,12 +547,21 @@ function clones(session: Session): void {
 
   test('a temporary snapshot is neither cloned nor rolled back to: it goes when its reader does', async (context) => {
     if (!session.abilities.canSnapshotTemporarily) return context.skip();
+    const { catalog } = session;
     const { name, disk } = await session.newDisk(1);
     await session.release(disk.vdi);
-    await session.catalog.snapshotTemporary(name, 'now');
-    expect(await codeOf(() => session.catalog.clone(`${name}@now`, `${name}-clone`))).toBe('UNSUPPORTED');
-    expect(await codeOf(() => session.catalog.rollback(`${name}@now`))).toBe('UNSUPPORTED');
-    await session.catalog.dropTemporary(name, 'now');
+    const { vid } = await catalog.snapshotTemporary(name, 'now');
+    const refused = async (): Promise<void> => {
+      expect(await codeOf(() => catalog.clone(`${name}@now`, `${name}-clone`))).toBe('UNSUPPORTED');
+      expect(await codeOf(() => catalog.rollback(`${name}@now`))).toBe('UNSUPPORTED');
+      expect(await session.names()).toEqual([`${name}@now`, name]);
+    };
+    await refused();
+    // Also while it is kept for a client: a rollback ends such snapshots, and one that is refused must not.
+    const kept = { client: 'a client', until: Date.now() + 60_000 };
+    catalog.keeper = { kept: (other) => (other === vid ? kept : undefined), dropped: () => undefined };
+    await refused();
+    await catalog.dropTemporary(name, 'now');
   });
 }
 
@@ -618,11 +668,14 @@ function endings(session: Session): void {
     await session.checkSpec(name, disk.content);
   });
 
-  test('after a kill all that a flush or a FUA write has answered is there', async () => {
+  test('after a kill all that a flush or a FUA request has answered is there', async () => {
     const { name, disk } = await session.newDisk(4);
     await disk.write(0, 2 * OBJECT, 1);
     await disk.vdi.flush();
     await disk.write(2 * OBJECT + 5, 100, 2, true);
+    await disk.vdi.zero(OBJECT / 2, 1000, { noHole: true, fua: true });
+    await disk.vdi.trim(OBJECT, OBJECT, true);
+    disk.content.fill(0, OBJECT / 2, OBJECT / 2 + 1000).fill(0, OBJECT, 2 * OBJECT);
     await session.crash();
     await session.checkSpec(name, disk.content);
     expect((await session.catalog.check({ repair: false })).problems).toEqual([]);

@@ -22,6 +22,7 @@ const ABILITIES: Abilities = {
   canClone: true,
   canResize: true,
   keepsState: true,
+  knowsHolesAtOnce: true,
   tellsChanges: true,
   countsCopies: true,
   copiesEndWithSnapshots: true,

@@ -1,6 +1,7 @@
 /**
  * What the store suite needs to know about a store, and what the store must offer to be tested: to add a store, describe it with
- * these two interfaces and hand it to `storeSuite` (suite.ts). Owns no store: local.ts and clusters.ts describe today's.
+ * these two interfaces and hand it to `storeSuite` (suite.ts). Owns no store: local.ts, clusters.ts and memory.ts describe
+ * today's.
  */
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 
@@ -32,6 +33,8 @@ export interface Abilities {
   readonly canResize: boolean;
   /** What was written is there when the store is closed and opened again. */
   readonly keepsState: boolean;
+  /** `Vdi.isHole` knows of objects that were never written. False: the store has to be asked, which takes time. */
+  readonly knowsHolesAtOnce: boolean;
   /** `Vdi.changedSince` is exact to an object of `objectSize`. */
   readonly tellsChanges: boolean;
   /** `Vdi.copies` counts the objects that a first write after a snapshot has copied. */

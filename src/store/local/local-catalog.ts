@@ -190,7 +190,6 @@ export class LocalCatalog implements Catalog {
   }
 
   async clone(vid: number, name: string): Promise<VdiRecord> {
-    this.#mustStay(vid, 'cloned');
     const base = this.#recordOf(vid);
     const record = this.#working(this.#nextVid(), name, base.size, base.blockSizeShift, base.vid, 1);
     await this.#storeCopy(base, record, []);
@@ -198,7 +197,6 @@ export class LocalCatalog implements Catalog {
   }
 
   async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
-    this.#mustStay(snapshotVid, 'rolled back to');
     const { map, releases, vids, record: working } = await this.#held(vid);
     const base = this.#recordOf(snapshotVid);
     const record = {
@@ -239,14 +237,6 @@ export class LocalCatalog implements Catalog {
 
   reclaimed(): Promise<void> {
     return this.#store.reclaimed();
-  }
-
-  #mustStay(vid: number, what: string): void {
-    if (!this.#temporaries.has(vid)) return;
-    throw new StoreError(
-      'UNSUPPORTED',
-      `a temporary snapshot cannot be ${what}; take one that stays with "vdi snapshot"`,
-    );
   }
 
   /** All that the removal of an unused VDI gives up. A VDI is still open if its flush failed when it was closed. */
