@@ -62,6 +62,7 @@ function throwInsteadOfExiting(command: Command): void {
   command.showSuggestionAfterError(true);
   command.configureOutput({
     writeOut: (text) => void io().stdout.write(text),
+    writeErr: (text) => void io().stderr.write(text),
     outputError: (text) => lastWords(`${oneLine(text.replace(/^error: /, 'sheepgate: ').trimEnd())}\n`),
   });
   for (const child of command.commands) throwInsteadOfExiting(child);

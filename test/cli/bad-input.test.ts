@@ -190,7 +190,7 @@ describe('wrong usage, whatever the store', () => {
   test.each(USAGE.map(([args, says]) => ({ command: args.join(' ').slice(0, 80), args, says })))(
     '$command: exit 2',
     async ({ args, says }) => {
-      expect(oneLineOf(await cli(args, { store, needsNoProcess: true }), 2, args.join(' '))).toMatch(says);
+      expect(oneLineOf(await cli(args, { store }), 2, args.join(' '))).toMatch(says);
       expect(fs.existsSync(store)).toBe(false);
     },
   );
@@ -213,7 +213,7 @@ describe('wrong usage, whatever the store', () => {
       ...'create list show tree delete resize snapshot clone rollback'.split(' ').map((name) => `vdi ${name}`),
     ];
     for (const command of commands) {
-      const result = await cli([...command.split(' '), '--help'], { needsNoProcess: true });
+      const result = await cli([...command.split(' '), '--help']);
       expect({ code: result.code, stderr: result.stderr }, command).toEqual({ code: 0, stderr: '' });
       expect(result.stdout).toMatch(new RegExp(`Examples?:\n[\\s\\S]*sheepgate ${command}`));
     }

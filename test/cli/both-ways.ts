@@ -39,8 +39,7 @@ export async function testStore(way: Way): Promise<TestStore> {
 /** `always`: arguments of every command. */
 export function storeWith(store: string, daemon: Daemon | undefined, always: readonly string[] = []): TestStore {
   // Without a daemon every command is a process: so all of them are tested as users run them.
-  const needsNoProcess = daemon !== undefined;
-  const run: TestStore['run'] = (args, options) => cli([...args, ...always], { store, needsNoProcess, ...options });
+  const run: TestStore['run'] = (args, options) => cli([...args, ...always], { store, ...options });
   const ok: TestStore['ok'] = async (...args) => {
     const result = await run(args);
     expect({ code: result.code, stderr: result.stderr }, args.join(' ')).toEqual({ code: 0, stderr: '' });

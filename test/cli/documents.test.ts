@@ -47,8 +47,11 @@ test('npm scripts, files and settings that CONTRIBUTING names exist', () => {
   const files = [...text.matchAll(/\b(?:bench|bin|src|test|tools)\/[\w./-]*\w/g)].map(([file]) => file);
   expect(files.filter((file) => !fs.existsSync(path.join(ROOT, file)))).toEqual([]);
   const settings = [...text.matchAll(/\bSHEEPGATE_\w+/g)].map(([name]) => name);
-  const tests = fs.readdirSync(path.join(ROOT, 'test/sheep')).filter((name) => name.endsWith('.ts'));
-  const known = tests.map((name) => read(path.join('test/sheep', name))).join('\n');
+  const known = ['test/sheep', 'test/harness']
+    .flatMap((folder) => fs.readdirSync(path.join(ROOT, folder)).map((name) => path.join(folder, name)))
+    .filter((file) => file.endsWith('.ts'))
+    .map(read)
+    .join('\n');
   expect(settings.filter((name) => !known.includes(name))).toEqual([]);
 });
 

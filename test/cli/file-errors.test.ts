@@ -144,7 +144,7 @@ test.for(WAYS)('an import into a store on a full disk names the disk and what to
   fs.rmSync(image);
   const line = lastLineOf(result, 1, 'import');
   expect(line).toMatch(
-    /writing object .*: no space left on device \(ENOSPC\); free space on that filesystem, or delete VDIs and snapshots/,
+    /(?:writing|creating) object .*: no space left on device \(ENOSPC\); free space on that filesystem, or delete VDIs and snapshots/,
   );
   expect(line).not.toMatch(/ENOSPC: no space/);
   await daemon?.stop();

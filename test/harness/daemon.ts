@@ -183,16 +183,19 @@ export function start(command: string, args: readonly string[]): ChildProcessWit
 export interface CliOptions extends RunOptions {
   /** Passed in SHEEPGATE_STORE. */
   readonly store?: string;
-  /**
-   * The command need not be a process: if it can, it runs inside the test's own, which takes a tenth of the time. Only for a
-   * store with a daemon, and for commands that fail before they open a store: what opens a store is a process for users.
-   */
-  readonly needsNoProcess?: boolean;
+  /** The test is about the process: its start, its streams, its end, its memory. */
+  readonly asProcess?: boolean;
 }
 
-/** Run the built `sheepgate` with `args`. */
+/** All commands are processes, as for users: a slower and more faithful run of the same tests. */
+const ALL_AS_PROCESSES = process.env['SHEEPGATE_TEST_PROCESSES'] === '1';
+
+/**
+ * Run the built `sheepgate` with `args`. If it can, it runs inside the test's own process, which takes a tenth of the CPU time of
+ * a process; the files and the code are the same.
+ */
 export function cli(args: readonly string[], options: CliOptions = {}): Promise<RunResult> {
-  if (options.needsNoProcess && canRunInside(args, options)) {
+  if (!ALL_AS_PROCESSES && !options.asProcess && canRunInside(args, options)) {
     requireBuild();
     return runInside(args, environment({ SHEEPGATE_STORE: options.store }));
   }
@@ -214,10 +217,7 @@ function canRunInside(args: readonly string[], { env, cwd, input }: CliOptions):
 }
 
 /** Like cli, but a failure throws with its stderr, and stdout is parsed as JSON. */
-export async function cliJson<T = unknown>(
-  args: readonly string[],
-  options: RunOptions & { readonly store?: string } = {},
-): Promise<T> {
+export async function cliJson<T = unknown>(args: readonly string[], options: CliOptions = {}): Promise<T> {
   const result = await cli([...args, '--json'], options);
   if (result.code !== 0) throw new Error(`sheepgate ${args.join(' ')}: exit ${result.code}: ${result.stderr}`);
   return JSON.parse(result.stdout) as T;
