@@ -245,7 +245,7 @@ export class LocalCatalog implements Catalog {
     if (!this.#temporaries.has(vid)) return;
     throw new StoreError(
       'UNSUPPORTED',
-      `a temporary snapshot cannot be ${what}; take one that stays with "vdi snapshot"`,
+      `a temporary snapshot cannot be ${what}; take a permanent one with "vdi snapshot"`,
     );
   }
 
@@ -360,8 +360,8 @@ export class LocalCatalog implements Catalog {
 }
 
 /**
- * The record of `child` after its parent is removed: its parent is now the parent's parent. A working VDI that went on from the
- * removed snapshot gets the creation time back that it had before the snapshot.
+ * The record of `child` after its parent is removed: its parent is now the parent's parent. A working VDI that continued from the
+ * removed snapshot gets back the creation time that it had before the snapshot.
  */
 function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
   const { parentVid } = parent;
