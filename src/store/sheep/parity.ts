@@ -59,9 +59,10 @@ export class OldParity {
     const { name, vid } = this.#vdi.record;
     const left = this.#host.cluster.oldParity.get(vid)?.size;
     if (left === undefined) return;
+    // Without the words "all parity is new", which operators search the log for.
     this.#host.log(
       `${name} is closed, and ${left} of its objects were written while nodes were missing: take no other node down before ` +
-        'the disk has been written again and the log says that all parity is new',
+        'the disk has been written again and their parity has been rebuilt',
     );
   }
 
