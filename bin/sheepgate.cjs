@@ -1,12 +1,12 @@
 #!/usr/bin/env node
-// Looks at the version of Node, and then starts. In the syntax that every Node parses (ECMAScript 5): what an old one is to be
-// told must not be something that it cannot read, so all the rest is in start.cjs.
+// Checks the version of Node, then starts. Written in ECMAScript 5, which every Node parses, so that an old Node can print the
+// message; everything else is in start.cjs.
 'use strict';
 var engines = require('../package.json').engines;
 var wanted = /(\d+)\.(\d+)/.exec(engines.node);
 var found = /^v?(\d+)\.(\d+)/.exec(process.version);
 var isTooOld = Number(found[1]) < Number(wanted[1]) || (found[1] === wanted[1] && Number(found[2]) < Number(wanted[2]));
-// Not as arguments of a call: formatters put a comma behind the last one, which old parsers refuse.
+// Not as arguments of a call: formatters put a comma after the last one, which old parsers refuse.
 var message =
   'sheepgate: this is Node.js ' +
   process.version +

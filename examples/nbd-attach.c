@@ -37,10 +37,10 @@ enum {
 	MAX_CONNECTIONS = 16,
 	MAX_REPLY = 64 * 1024,     /* longest option reply that is read */
 	MESSAGE_SIZE = 4096,       /* netlink messages, ours and the kernel's */
-	HANDSHAKE_SECONDS = 10,    /* a server that says nothing for so long is tried again */
+	HANDSHAKE_SECONDS = 10,    /* a server that is silent for so long is tried again */
 	FIRST_PAUSE_MS = 100,      /* between attempts to connect; doubled up to the last */
 	LAST_PAUSE_MS = 2000,
-	LOOK_MS = 2000,            /* how often to see whether somebody else detached the device */
+	LOOK_MS = 2000,            /* how often to see whether another program has detached it */
 	MIN_BLOCK_SIZE = 512,
 	MAX_BLOCK_SIZE = 4096,
 };
@@ -174,7 +174,7 @@ static int dial(const char *address)
 		freeaddrinfo(found);
 		if (fd < 0)
 			goto failed;
-		/* a server whose machine is gone is noticed also while nothing is asked of it */
+		/* a server whose machine is gone is noticed even without requests */
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
 		setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &(int){1}, sizeof(int));
 		setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &(int){10}, sizeof(int));
@@ -710,7 +710,7 @@ int main(int count_of_arguments, char **arguments)
 	add_u32(&message, NBD_ATTR_INDEX, index);
 	add_u64(&message, NBD_ATTR_SIZE_BYTES, size);
 	add_u64(&message, NBD_ATTR_BLOCK_SIZE_BYTES, (uint64_t)block);
-	/* Without a timeout the kernel never sends a request again that was under way when its connection died. */
+	/* Without a timeout the kernel never repeats a request that was in flight when its connection died. */
 	add_u64(&message, NBD_ATTR_TIMEOUT, (uint64_t)request_seconds);
 	/* Without this it fails requests as soon as no connection is left. */
 	add_u64(&message, NBD_ATTR_DEAD_CONN_TIMEOUT, (uint64_t)dead_seconds);
@@ -725,7 +725,7 @@ int main(int count_of_arguments, char **arguments)
 	}
 	uint64_t attacher = 0;
 	look_up(index, "pid", false, &attacher);
-	/* The kernel has its own references to them; ours show which have ended. */
+	/* The kernel has its own references to the sockets; ours show which have ended. */
 	say("attached to '%s' at %s: %llu bytes, %d connection%s%s", name, address, (unsigned long long)size, wanted,
 	    wanted == 1 ? "" : "s", (export.flags & NBD_FLAG_READ_ONLY) || read_only ? ", read-only" : "");
 
@@ -734,7 +734,7 @@ int main(int count_of_arguments, char **arguments)
 	sigaction(SIGINT, &ending, NULL);
 	if (!foreground && daemon(0, 1) < 0)
 		say("going to the background: %s", strerror(errno));
-	/* What it needs to bring the device back must not have to be read from the device. */
+	/* Memory that is needed to bring the device back must not have to be read from the device. */
 	if (mlockall(MCL_CURRENT | MCL_FUTURE) < 0)
 		say("staying in memory: %s", strerror(errno));
 	snprintf(pid_file, sizeof(pid_file), "/run/nbd-attach.%s.pid", device);
@@ -757,21 +757,21 @@ int main(int count_of_arguments, char **arguments)
 			say("connection lost; connecting again");
 		dead = dead + died < wanted ? dead + died : wanted;
 		if (!is_attached(index, attacher)) {
-			say("was detached by somebody else");
+			say("was detached by another program");
 			remove_pid_file(pid_file);
 			return 0;
 		}
 		if (dead == 0) {
 			uint64_t under_way = 0;
 
-			/* What was under way when its connection died is sent again after request_seconds, give or take. */
+			/* Requests that were in flight when their connection died are sent again after about request_seconds. */
 			if (can_grow && (seconds_now() - connected_at > 2 * (uint64_t)request_seconds ||
 					 (look_up(index, "inflight", true, &under_way) && under_way == 0))) {
 				asked_for = possible;
 				if (grow(netlink, family, index, possible))
 					size = possible;
 			}
-			/* Should the kernel's word have been lost: one that has ended by the next look, too, it knows of. */
+			/* If the kernel's report was lost: a connection that has ended at two looks is dead for the kernel too. */
 			const bool has_ended = !can_grow && !(heard.revents & POLLIN) && find_ended(connections, wanted) >= 0;
 			if (has_ended && had_ended)
 				dead = 1;
@@ -781,7 +781,7 @@ int main(int count_of_arguments, char **arguments)
 		had_ended = false;
 		int ended = find_ended(connections, wanted);
 		if (ended < 0) {
-			/* The kernel tells of it and shuts it down in the next moment. Or it told more than there was. */
+			/* The kernel has reported it and will shut it down in a moment; or it has reported too many. */
 			if (!pause_ms(FIRST_PAUSE_MS))
 				break;
 			ended = find_ended(connections, wanted);
@@ -793,13 +793,13 @@ int main(int count_of_arguments, char **arguments)
 		struct export now;
 		struct connection fresh = {.socket = open_export(address, name, &now)};
 		if (fresh.socket >= 0 && now.size < size) {
-			say("'%s' has become smaller, %llu bytes and not %llu; not taken", name, (unsigned long long)now.size,
+			say("'%s' has become smaller, %llu bytes instead of %llu, and is not used", name, (unsigned long long)now.size,
 			    (unsigned long long)size);
 			leave(fresh.socket);
 			fresh.socket = -1;
 		}
 		if (fresh.socket >= 0 && (now.flags & NBD_FLAG_READ_ONLY) != (export.flags & NBD_FLAG_READ_ONLY)) {
-			say("'%s' has become %s; not taken", name, now.flags & NBD_FLAG_READ_ONLY ? "read-only" : "writable");
+			say("'%s' has become %s, and is not used", name, now.flags & NBD_FLAG_READ_ONLY ? "read-only" : "writable");
 			leave(fresh.socket);
 			fresh.socket = -1;
 		}

@@ -24,8 +24,8 @@ const ENTRIES = {
 
 /**
  * The files, each with the modules that it is made for (the end of their paths). A file holds these and all that they import
- * statically, except for what an earlier file holds; so files never need each other in a circle. All that serves a request is
- * in three files: nbd, vdi and a store. What is small and used by several files belongs into `command`, which is always loaded.
+ * statically, except for what an earlier file holds; so files never need each other in a circle. All that serves a request is in
+ * three files: nbd, vdi and a store. Small modules that several files use belong in `command`, which is always loaded.
  */
 const FILES = {
   command: [
@@ -65,20 +65,23 @@ function readJson(file) {
   return JSON.parse(fs.readFileSync(path.join(ROOT, file), 'utf8'));
 }
 
-/** The library as source, in the place of what tsc makes of it: NAME -> nbd/src/NAME.ts as its package.json has it. */
+/** The sources of the library in place of tsc's output: NAME -> nbd/src/NAME.ts, according to its package.json. */
 function nbdSources() {
   const { name, exports } = readJson('nbd/package.json');
   const sources = Object.entries(exports).map(([key, { default: file }]) => [
     path.posix.join(name, key),
     path.join(ROOT, 'nbd', file.replace('/dist/', '/src/').replace(/\.js$/, '.ts')),
   ]);
-  // The longer names first: an alias also stands for what begins with it.
+  // The longer names first: an alias also matches names that begin with it.
   return Object.fromEntries(sources.sort(([a], [b]) => b.length - a.length));
 }
 
 const isMadeFor = (id, end) => id.endsWith(`/${end}`);
 
-/** A file that lost what it is made for would be missed only by whoever measures. Errors: a module that is not there, or twice. */
+/**
+ * Without a module of FILES, commands work and are only slower: no test would show it. Errors: a module is missing, or is there
+ * twice.
+ */
 function checkFiles(ids) {
   for (const [file, ends] of Object.entries(FILES)) {
     for (const end of ends) {
@@ -90,15 +93,15 @@ function checkFiles(ids) {
   }
 }
 
-/** The licences of the packages whose code is in the files: they ask to go with it. */
+/** The licences of the packages whose code is in the files: they must be distributed with it. */
 function licences(ids) {
   const directories = new Set(ids.flatMap((id) => /^.*\/node_modules\/(?:@[^/]+\/)?[^/]+/.exec(id) ?? []));
-  // A few lines of its own are in the files, too.
+  // The files also contain a few lines of rolldown itself.
   directories.add(path.join(ROOT, 'node_modules/rolldown'));
   const texts = [...directories].sort().map((directory) => {
     const { name, version, license } = JSON.parse(fs.readFileSync(path.join(directory, 'package.json'), 'utf8'));
     const file = fs.readdirSync(directory).find((entry) => /^licen[cs]e/i.test(entry));
-    if (file === undefined && license === undefined) throw new Error(`tools/bundle.mjs: ${name} says no licence`);
+    if (file === undefined && license === undefined) throw new Error(`tools/bundle.mjs: ${name} has no licence`);
     const text =
       file === undefined ? `Licence: ${license}` : fs.readFileSync(path.join(directory, file), 'utf8').trim();
     return `${name} ${version}\n\n${text}\n`;
@@ -112,7 +115,7 @@ const bundle = await rolldown({
   external,
   platform: 'node',
   tsconfig: false,
-  // Else an entry that exports something is a file of its own beside the one that it is in.
+  // Otherwise an entry with exports would get a second file beside the one that contains it.
   preserveEntrySignatures: 'allow-extension',
   resolve: { alias: nbdSources() },
   checks: { ineffectiveDynamicImport: false },
@@ -124,7 +127,7 @@ const { output } = await bundle.write({
   // ES modules are strict without saying so.
   strict: true,
   entryFileNames: '[name].js',
-  // With a hash: a process that goes on while another version is installed must not load half of that.
+  // With a hash: a running process must not load files of another version that is installed meanwhile.
   chunkFileNames: '[name]-[hash].js',
   comments: false,
   sourcemap: true,

@@ -1,7 +1,6 @@
 /**
- * The process that a daemon is alone in: its log on stderr, the signals that stop and reload it, its supervisor, and its end
- * within a bound, whatever hangs. Owns what happens in which order between the start and the end of the process; what the
- * daemon does in between is daemon.ts's.
+ * The process of a daemon: its log on stderr, the signals that stop and reload it, its supervisor, and its end within a bound,
+ * whatever hangs. Owns the order of events at the start and the end of the process; the daemon itself is in daemon.ts.
  */
 import { pino, type Logger } from 'pino';
 import { endBySignal } from '../system/end-by-signal.js';
@@ -79,10 +78,10 @@ export class DaemonProcess {
     // From here on: a supervisor may ask to stop the moment it reads "ready", or sooner.
     const stopping = new AbortController();
     const notifier = openNotifier({ send: sendDatagram, onFailure: (message) => log.warn(message) });
-    /** Nothing that hangs keeps the process for longer. */
+    /** Ends the process after this time, even if something hangs. */
     const endInTime = (): void => {
       const giveUp = (): void => {
-        log.error(`gave up: something does not end within ${END_LIMIT_MS / 1000} s`);
+        log.error(`gave up: not everything has ended within ${END_LIMIT_MS / 1000} s`);
         void this.finish(1).finally(() => exitNow(1));
       };
       setTimeout(giveUp, END_LIMIT_MS).unref();
@@ -104,7 +103,7 @@ export class DaemonProcess {
         onReloaded: ({ failures }) => tellReloaded(failures),
       });
     } catch (error) {
-      // Told to stop while it started: that is what it has done.
+      // A stop was requested during the start, and the start has ended because of it.
       if (!stopping.signal.aborted) throw error;
       log.info('stopped before it was ready');
       return;

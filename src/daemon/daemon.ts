@@ -62,7 +62,7 @@ export interface Daemon {
   readonly uris: readonly string[];
   /** Read TLS keys and access rules again. A bad file is logged and changes nothing. Never fails. */
   reload(): Promise<ReloadReport>;
-  /** Take no more connections, finish the requests in flight, flush, and let go of the store. */
+  /** Take no more connections, finish the requests in flight, flush, and close the store. */
   stop(): Promise<void>;
 }
 
@@ -260,7 +260,8 @@ function controlServer(
   },
 ): ControlServer {
   const { nbd, operations, sessions, status, reload, log, descriptors } = given;
-  // No socket can be made on a read-only filesystem. A command that finds none there opens the store beside the daemon, to read.
+  // No socket can be made on a read-only filesystem. A command that finds none there opens the store itself, beside the daemon,
+  // for reading.
   const isFixed = operations.isReadOnly && directoryOf(configuration.store) !== undefined;
   const isElsewhere = isFixed && configuration.control === undefined;
   return new ControlServer(isElsewhere ? controlSocketElsewhere(operations.identity) : controlPath, {

@@ -43,7 +43,7 @@ export class DeadPeerTimeouts {
         setUserTimeout(socket, state.isWindowClosed ? 0 : this.#timeoutMs);
         this.#sockets.set(socket, state.isWindowClosed);
       } else if (isWaiting && state.unansweredProbes >= GONE_AFTER_PROBES && state.lastAckMs >= this.#timeoutMs) {
-        socket.destroy(new Error(`the peer does not answer, for ${Math.round(state.lastAckMs / 1000)} s`));
+        socket.destroy(new Error(`the peer has not answered for ${Math.round(state.lastAckMs / 1000)} s`));
       }
     }
   }

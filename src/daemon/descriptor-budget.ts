@@ -26,9 +26,9 @@ const PER_KEPT_MOMENT = 2;
 /** There may be one kept snapshot per so many descriptors for object files. */
 const KEPT_DIVISOR = 8;
 const MAX_KEPT_MOMENTS = 256;
-/** More bring nothing: these are 256 GiB of disk in use. */
+/** More have no benefit: these are enough for 256 GiB of disk in use. */
 const MAX_OBJECT_FILES = 65_536;
-/** With fewer, the daemon does not start: it would fail in odd places. */
+/** With fewer, the daemon does not start: it would fail in unexpected places. */
 const MIN_DESCRIPTORS = 256;
 /** Recommended limits are multiples of it. */
 const STEP = 128;

@@ -1,7 +1,7 @@
 /** SIGHUP, which asks a daemon to read its TLS keys and access rules again. */
 
 export interface Hangups {
-  /** What SIGHUP does from now on; at once if one has come before. */
+  /** What SIGHUP does from now on; done immediately if one has come before. */
   serve(reload: () => void): void;
 }
 

@@ -1,6 +1,6 @@
 /**
- * What the options of `sheepgate serve` are made of: words, defaults and limits that belong to the layers below, handed on so
- * that the command line needs to know the daemon only.
+ * Words, defaults and limits of the layers below, for the options of `sheepgate serve`: so the command line imports only the
+ * daemon.
  */
 export { OTHERWISE, parseOtherwise, type Exclusive } from '../export/exclusive.js';
 export { parseExportName } from '../export/export-name.js';

@@ -1,6 +1,6 @@
 /**
  * Exports as one peer may see them: an export that it may not open is neither listed nor described, one that it may only read is
- * read-only. The policy judges the VDI or snapshot that a name leads to, and every snapshot that its changes are told since;
+ * read-only. The policy judges the VDI or snapshot that a name leads to, and every snapshot since which its changes are reported;
  * never the name as it was sent. Owns the filtering; the rules are the policy's. A peer that came through the daemon's own
  * private socket ("internal") is the daemon's user and may do everything.
  */
@@ -23,7 +23,7 @@ import { accessName, parseExportName, subjectText } from './export-name.js';
 
 /** Exports that know which VDI or snapshot a name leads to. */
 export interface SubjectExports extends ExportProvider<CompleteDevice> {
-  /** Undefined if the name is an id that nothing has. Errors: ExportError UNKNOWN (it is no name). */
+  /** Undefined if the name is an id that nothing has. Errors: ExportError UNKNOWN (it is not a valid name). */
   subjectOf(name: string): Promise<Subject | undefined>;
   /** Only the subjects for which `isTold` is true. */
   list(peer: Peer, isTold?: (subject: Subject) => boolean): Awaitable<Iterable<ExportInfo>>;
@@ -44,7 +44,7 @@ export interface SubjectExports extends ExportProvider<CompleteDevice> {
 /** What the peer may do with the export that it asks for. */
 export interface PeerAccess {
   readonly isReadOnly?: boolean;
-  /** It may write, and then no other client does. */
+  /** It may write, and no other client at the same time. */
   readonly exclusive?: Exclusive | undefined;
 }
 
@@ -94,7 +94,7 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
   async open(name: string, peer: Peer): Promise<{ readonly device: CompleteDevice; readonly info: ExportInfo }> {
     const { subject, ...access } = await this.#admit(name, peer);
     const opened = await this.#provider.open(name, peer, access);
-    // Since it was judged, an id may have come to mean another VDI.
+    // Since the policy judged it, the id may have become another VDI's.
     const found = subject && (await this.#provider.subjectOf(opened.info.name));
     if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
       await (opened.device.refuse?.() ?? opened.device.close('disconnect'));
@@ -109,7 +109,7 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     this.#provider.left?.(peer);
   }
 
-  /** Refuses before it is known whether there is such an export: the answer must be the same if not. */
+  /** Refuses before it is known whether the export exists: the answer must be the same in both cases. */
   async #admit(name: string, peer: Peer): Promise<PeerAccess & { readonly subject?: Subject }> {
     if (peer.transport === 'internal') return { isReadOnly: false };
     const text = subjectText(name);
@@ -117,7 +117,7 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     try {
       subject = await this.#provider.subjectOf(name);
     } catch (error) {
-      // It is no name. A peer that may open everything learns why, from the exports.
+      // It is not a valid name. A peer that may open everything learns why, from the exports.
       if (!(error instanceof ExportError) || error.code !== 'UNKNOWN') throw error;
       return this.#judge(text, name, peer);
     }

@@ -1,6 +1,6 @@
 /**
- * Bases: the snapshots that an export tells the changes since. Owns which snapshots a VDI can be compared with. The names of
- * the meta contexts are in changed-contexts.ts.
+ * Bases: the snapshots since which an export reports changes. Owns which snapshots a VDI can be compared with. The names of the
+ * meta contexts are in changed-contexts.ts.
  */
 import type { VdiRecord } from '../store/vdi-record.js';
 import { CatalogError } from '../vdi/catalog-error.js';
@@ -11,8 +11,8 @@ import { isContextTag } from './changed-contexts.js';
 import type { ExportOptions } from './export-name.js';
 
 /**
- * Tags of the snapshots that `record` can be compared with, newest first: all of the same VDI, or the one that the options
- * name. Errors: NO_TAG (there is none of this tag), BAD_NAME (it cannot be compared with).
+ * Tags of the snapshots that `record` can be compared with, newest first: all of the same VDI, or the one that the options name.
+ * Errors: NO_TAG (no snapshot has this tag), BAD_NAME (it cannot be compared with).
  */
 export async function basesOf(
   catalog: VdiCatalog,
@@ -25,7 +25,7 @@ export async function basesOf(
       named
         .filter(({ isSnapshot, tag }) => isSnapshot && !isTemporaryTag(tag))
         .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
-        // A tag that may mean several snapshots cannot name the one that changes are told since.
+        // A tag that may mean several snapshots cannot name a base.
         .filter(({ tag, isDoubtful }) => !isDoubtful && isContextTag(tag))
         .map(({ tag }) => tag)
         .reverse()
@@ -33,15 +33,15 @@ export async function basesOf(
   }
   const base = await catalog.find(formatSpec({ name, tag: since }));
   const refuse = (why: string): CatalogError =>
-    new CatalogError('BAD_NAME', `what has changed since ${specOf(base)} cannot be told: ${why}`);
+    new CatalogError('BAD_NAME', `changes since ${specOf(base)} cannot be reported: ${why}`);
   if (base.blockSizeShift !== blockSizeShift) throw refuse('it has data objects of another size');
-  if (!isContextTag(since)) throw refuse('its tag has control characters, or is no text');
+  if (!isContextTag(since)) throw refuse('its tag has control characters, or is not UTF-8');
   return [since];
 }
 
 /**
- * Open the snapshot `tag` of the VDI that `record` is of. `known`: the vids of the bases that a temporary snapshot was compared
- * with so far, by tag. Errors: ENDED (the tag was given to another snapshot since), those of VdiCatalog.openVdi.
+ * Open the snapshot `tag` of the VDI that `record` belongs to. `known`: the vids of the bases that a temporary snapshot was
+ * compared with so far, by tag. Errors: ENDED (the tag was given to another snapshot since), those of VdiCatalog.openVdi.
  */
 export async function openBase(
   catalog: VdiCatalog,
@@ -55,7 +55,7 @@ export async function openBase(
     await catalog.release(base);
     throw new CatalogError(
       'ENDED',
-      `${specOf(base.record)} was taken anew since ${specOf(record)} was compared with it`,
+      `${specOf(base.record)} is another snapshot now than the one that ${specOf(record)} was compared with`,
     );
   }
   known?.set(tag, vid);

@@ -100,10 +100,10 @@ export class EndedSnapshots {
       this.#facts.putSoon(key, undefined);
       return;
     }
-    const why = record.why ?? 'another daemon has it open, or had';
+    const why = record.why ?? 'another daemon has opened it';
     const message =
-      `${name}@${tag} was a temporary snapshot of ${timeOf(record.usedAt.at)} that has ended (${why}). A label is for one ` +
-      'snapshot and one run; begin anew with another label';
+      `${name}@${tag} was a temporary snapshot of ${timeOf(record.usedAt.at)} that has ended (${why}); a label is for one ` +
+      'snapshot and one run: start again with another label';
     throw new CatalogError('ENDED', message);
   }
 
@@ -115,8 +115,8 @@ export class EndedSnapshots {
     if (!this.#facts.isDurable) {
       throw new CatalogError(
         'ENDED',
-        `${name}@${tag} is refused: that the label was used could not be remembered (see the log of the daemon's start); ` +
-          `${name}@now works without that`,
+        `${name}@${tag} is refused, because used labels cannot be stored here (the log of the daemon's start says why); ` +
+          `${name}@now needs no label`,
       );
     }
     this.#makeRoom(name);
@@ -154,8 +154,8 @@ export class EndedSnapshots {
     }
     throw new CatalogError(
       'LIMIT',
-      `${full.length} labels of ${full === ofDisk ? name : 'this store'} were used within ` +
-        `${LABEL_MEMORY_MS / 3_600_000} hours whose clients may come back, and no more can be remembered; ${name}@now works without that`,
+      `${full.length} labels of ${full === ofDisk ? name : 'this store'} are remembered, because their clients may come back, ` +
+        `and no more can be; each is forgotten ${LABEL_MEMORY_MS / 3_600_000} hours after its end; ${name}@now needs no label`,
     );
   }
 
@@ -166,9 +166,9 @@ export class EndedSnapshots {
     const { reader, why } = refusal;
     const another = client.isExact ? 'from another process, ' : '';
     const message =
-      `${name}@now of ${timeOf(reader.takenAt)}, which ${client.label} was reading, has ended (${why}); going on with another ` +
-      `snapshot would make one image of two. Begin anew ${another}under a label (${name}@now:LABEL), or after a pause of ` +
-      `${RETRY_PAUSE_MS / 1000} s`;
+      `${name}@now of ${timeOf(reader.takenAt)}, which ${client.label} was reading, has ended (${why}); to continue with ` +
+      `another snapshot would mix two points in time in one image: start again ${another}under a label (${name}@now:LABEL), or ` +
+      `after a pause of ${RETRY_PAUSE_MS / 1000} s`;
     if (isOpening) {
       refusal.refusingMs ??= 0;
       refusal.leftMs = RETRY_PAUSE_MS;

@@ -19,7 +19,7 @@ export const EXCLUSIVE_FORM = `exclusive[=${OTHERWISE.join('|')}]`;
 /** 'unsaid': exclusively, and another rule says what happens to clients that come late. */
 export type Exclusive = Otherwise | 'unsaid';
 
-/** `text`: what follows the =. Undefined if it is none of the words. */
+/** `text`: the part after the =. Undefined if it is none of the words. */
 export function parseOtherwise(text: string): Otherwise | undefined {
   return OTHERWISE.find((word) => word === text);
 }

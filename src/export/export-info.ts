@@ -8,9 +8,9 @@ import { formatExportName, type ExportOptions } from './export-name.js';
 const ANY_TEMPORARY = 'now';
 
 /**
- * Of those that can be listed and that `isTold` allows. Temporary snapshots are not listed: a client that opens everything in
- * the list would keep them alive, or find them gone. Nor are unfinished VDIs, which clients cannot open. One after the other,
- * as they are asked for: there may be very many.
+ * Of the VDIs and snapshots that can be listed and that `isTold` allows. Temporary snapshots are not listed: a client that opens
+ * everything in the list would keep them alive, or find them gone. Nor are unfinished VDIs, which clients cannot open. One after
+ * the other, as they are asked for: there may be very many.
  */
 export function* infosOf(
   records: readonly VdiRecord[],

@@ -52,15 +52,16 @@ function parseOptions(exportName: string, text: string): ExportOptions {
     const key = equals < 0 ? option : option.slice(0, equals);
     const value = equals < 0 ? undefined : decodePercent(option.slice(equals + 1), bad);
     if (key === 'since') {
-      if (options.since !== undefined) throw bad('the option since stands twice; one snapshot is compared with');
+      if (options.since !== undefined)
+        throw bad('the option since is given twice; changes are reported since one snapshot');
       options.since = sinceValue(value, bad);
     } else if (key === 'exclusive') {
-      if (options.exclusive !== undefined) throw bad('the option exclusive stands twice');
+      if (options.exclusive !== undefined) throw bad('the option exclusive is given twice');
       options.exclusive = exclusiveValue(value, bad);
     } else {
       throw bad(
-        `what follows the slash is options, and ${JSON.stringify(key)} is none; there is ${KNOWN_OPTIONS}. A VDI whose ` +
-          'name or tag has a slash is @=NAME@TAG with %2F for the slash, or @ID with its hexadecimal ID',
+        `${JSON.stringify(key)} after the slash is not an option; there are ${KNOWN_OPTIONS}; a VDI whose name or tag has a ` +
+          'slash is written @=NAME@TAG with %2F for the slash, or @ID with its hexadecimal ID',
       );
     }
   }
@@ -69,7 +70,7 @@ function parseOptions(exportName: string, text: string): ExportOptions {
 
 function sinceValue(value: string | undefined, bad: (why: string) => CatalogError): string {
   if (!value) throw bad('since needs the tag of a snapshot: since=TAG');
-  if (isTemporaryTag(value)) throw bad('since needs a snapshot that stays: a temporary one goes with its last reader');
+  if (isTemporaryTag(value)) throw bad('since needs a permanent snapshot: a temporary one ends with its last reader');
   return value;
 }
 
@@ -77,7 +78,7 @@ function exclusiveValue(value: string | undefined, bad: (why: string) => Catalog
   if (value === undefined) return 'unsaid';
   const otherwise = parseOtherwise(value);
   if (otherwise === undefined) {
-    throw bad(`exclusive=${value} is none; it stands alone, or with one of ${OTHERWISE.join(', ')}`);
+    throw bad(`exclusive=${value} is not valid; give exclusive alone, or with one of ${OTHERWISE.join(', ')}`);
   }
   return otherwise;
 }

@@ -1,5 +1,5 @@
 /**
- * Which client a peer is, so that it is known again when it reconnects: NBD has no name for clients. On a unix socket the client
+ * Which client a peer is, so that it is recognised when it reconnects: NBD has no name for clients. On a unix socket the client
  * is the process, on TCP the address with the name that TLS has proven. Owns that choice; docs/clients.md explains it.
  */
 import type { Peer } from 'nbd-server-ts';

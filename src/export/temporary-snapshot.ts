@@ -27,7 +27,7 @@ export class TemporarySnapshot {
   readonly vdi: Vdi;
   /** Connections that have it open. */
   users = 0;
-  /** Connections that were told of it and have not opened it, and operations on it that are in flight. */
+  /** Connections to which it was described and that have not opened it, and operations on it that are in flight. */
   askers = 1;
   /** It is stored that its label was used. */
   isRemembered = false;

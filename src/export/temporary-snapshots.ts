@@ -48,7 +48,7 @@ export interface HeldSnapshot {
   readonly vdi: Vdi;
   readonly snapshot: TemporarySnapshot;
   readonly client: Client | undefined;
-  /** The connection may be one that was cut off, come back. */
+  /** The connection may continue one that was cut off. */
   tookOver: boolean;
 }
 
@@ -60,7 +60,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   readonly #serves: boolean;
   readonly #ended: EndedSnapshots;
   readonly #taken = new TakenSnapshots();
-  /** What a connection was told of, by its peer: it opens the same. */
+  /** The snapshot that was described to a connection, by its peer: the connection opens the same one. */
   readonly #asked = new Map<Peer, HeldSnapshot>();
   /** By NAME@TAG: opening and closing. */
   readonly #queue = new NameQueue();
@@ -93,7 +93,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
         return held;
       } catch (error) {
         snapshot.users--;
-        await this.#letGo(held).catch(() => undefined);
+        await this.#release(held).catch(() => undefined);
         throw error;
       }
     });
@@ -121,7 +121,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#queue
       .run([spec], () => {
         held.snapshot.askers--;
-        return this.#letGo(held);
+        return this.#release(held);
       })
       .catch((error: unknown) => this.#log(`${spec} could not be dropped`, { err: error }));
   }
@@ -133,7 +133,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
       if (!end.isRefused) snapshot.hasBeenRead = true;
       const reader = client && snapshot.readers.get(client.id);
       if (reader) this.#leave(held, reader, end);
-      await this.#letGo(held);
+      await this.#release(held);
     });
   }
 
@@ -142,7 +142,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const { client, connections } = reader;
     if (connections.live > 0) return;
     if (connections.lost === 0) this.#forgetReader(snapshot, reader);
-    // As long as the client reads another one, it would be cut off from that when this process ends.
+    // If the client still reads another NAME@now, the end of this process would cut it off from that one.
     else if (!isLabelled(snapshot.tag) && !this.#reads(snapshot.name, client))
       this.#ended.readerLost(snapshot.name, client);
   }
@@ -200,8 +200,9 @@ export class TemporarySnapshots implements TemporaryKeeper {
   }
 
   /**
-   * Connected clients come before clients that may come back. Does not queue for the snapshots that it ends: an operation on
-   * another label of the disk may be waiting for this one. It need not: a snapshot that is about to be opened has an asker.
+   * Connected clients have precedence over clients that may come back. Does not queue for the snapshots that it ends: an
+   * operation on another label of the disk may be waiting for this one. It need not: a snapshot that is about to be opened has an
+   * asker.
    */
   async #take(name: string, tag: string): Promise<{ readonly vid: number }> {
     for (;;) {
@@ -238,8 +239,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
   }
 
   /** The connection does not hold it any more. */
-  async #letGo({ snapshot, vdi }: HeldSnapshot): Promise<void> {
-    // Nothing is to end it before it is closed.
+  async #release({ snapshot, vdi }: HeldSnapshot): Promise<void> {
+    // Nothing may end it before it is closed.
     snapshot.askers++;
     try {
       await this.#catalog.release(vdi);

@@ -1,11 +1,11 @@
 /**
- * The warning when two clients that are not one process write one disk at the same time. Owns how often it is logged, and what
- * `vdi show` tells of the last time.
+ * The warning when two independent clients write one disk at the same time. Owns how often it is logged, and what `vdi show`
+ * reports of the last time.
  */
 import type { Log } from '../vdi/log.js';
 import type { Claim } from './writer-claim.js';
 
-/** For one disk it is logged no more often than this, however often the clients come back. */
+/** For one disk it is logged no more often than this, even if the clients reconnect often. */
 const WARNING_INTERVAL_MS = 60_000;
 /** Disks whose last two writers are remembered, until this process ends. */
 const MAX_REMEMBERED = 1024;
@@ -31,7 +31,7 @@ export class TwoWritersWarning {
     return found && { at: found.at, clients: found.clients };
   }
 
-  /** The disk was deleted or made anew. */
+  /** The disk was deleted or created again. */
   forget(disk: string): void {
     this.#last.delete(disk);
   }
@@ -45,9 +45,9 @@ export class TwoWritersWarning {
     const isQuiet = before !== undefined && now - before.toldAt < WARNING_INTERVAL_MS;
     if (!isQuiet) {
       this.#log(
-        `${disk} is written by two clients at once, ${first.label} and ${second.label}: unless they know of each other ` +
-          "(a cluster filesystem, a live migration) its filesystem is being damaged; 'sheepgate client list' shows both, " +
-          'serve --exclusive lets only one of them write',
+        `${disk} is written by two clients at once, ${first.label} and ${second.label}: this damages its filesystem, unless ` +
+          "they coordinate their writes (cluster filesystem, live migration); 'sheepgate client list' shows both, and " +
+          "'serve --exclusive' lets only one of them write",
         { vdi: disk, peers: [first.peer.address, second.peer.address], clients },
       );
     }

@@ -46,11 +46,11 @@ export interface Closing {
 
 /** What a device is given beside its VDI. */
 export interface DeviceSetup {
-  /** Tags of the snapshots whose changed-contexts clients are told of, newest first. Others can be opened too. */
+  /** Tags of the snapshots whose changed-contexts are announced to clients, newest first. Others can be opened too. */
   readonly tags: readonly string[];
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
-  /** The client is a command of ours, and gets the messages that are for the operator. */
+  /** The client is a command of ours, and gets the operator's messages. */
   readonly isOurs?: boolean;
   /** Of a client that may write; undefined if other writers do not matter. */
   readonly claim?: Claim | undefined;

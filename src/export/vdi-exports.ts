@@ -127,7 +127,7 @@ export class VdiExports implements ExportProvider {
         info: infoOf(record, options),
       };
     } catch (error) {
-      // The connection does not open what it asked for before.
+      // The connection does not open the export that it asked for before.
       this.#temporary.left(peer);
       throw asExportError(error);
     }
@@ -173,7 +173,8 @@ export class VdiExports implements ExportProvider {
   }
 
   /**
-   * The claim to write `vdi`; undefined if it is opened to read, or by the command that fills it. If it fails, `vdi` is released.
+   * The claim to write `vdi`; undefined if it is opened for reading, or by the command that fills it. If it fails, `vdi` is
+   * released.
    */
   async #claim(vdi: Vdi, asking: Asking, options: ExportOptions, access: PeerAccess): Promise<Claim | undefined> {
     if (!asksToWrite(vdi.record, asking)) return undefined;
@@ -242,7 +243,7 @@ export class VdiExports implements ExportProvider {
       close,
     });
     try {
-      // Held from the start: the base of a backup must not be deleted, and taken anew, in the middle of it.
+      // Held from the start: the base of a backup must not be deleted, and taken again, during the backup.
       if (options.since !== undefined) await device.hold(options.since);
     } catch (error) {
       await device.refuse();
@@ -304,7 +305,7 @@ function asksToWrite({ isSnapshot }: VdiRecord, { isReadOnly, run }: Asking): bo
 function mustBeWritable(subject: VdiSpec, { exclusive }: ExportOptions): void {
   if (exclusive === undefined || (subject.tag === undefined && !isById(subject))) return;
   const what = isById(subject) ? 'an export named by its ID' : 'a snapshot';
-  throw new CatalogError('BAD_NAME', `exclusive is for a VDI that is written: ${what} is read-only for everybody`);
+  throw new CatalogError('BAD_NAME', `exclusive needs a VDI that can be written: ${what} is read-only for all clients`);
 }
 
 /** The spec of the VDI that a temporary snapshot is taken of. */

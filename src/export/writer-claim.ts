@@ -26,9 +26,9 @@ export class Claim {
   readonly peer: Peer;
   readonly client: Client | undefined;
   readonly mayWrite: boolean;
-  /** It asked for that, or the writer beside it has it: no further connection writes beside this one. */
+  /** It asked for exclusive access, or met an exclusive writer: no further connection writes beside this one. */
   readonly isExclusive: boolean;
-  /** For clients that come while this one writes and do not say it themselves. */
+  /** For clients that come while this one writes and do not say themselves what happens to them. */
   readonly otherwise: Otherwise | undefined;
   firstWriteAt: number | null = null;
   isFenced = false;

@@ -117,7 +117,7 @@ export class Writers {
   /** Makes system calls: with a thousand claims, call it for no more than needed. */
   readonly #isStaying = (claim: Claim): boolean => !claim.isFenced && !this.connected.isEnding(claim.peer);
 
-  /** As the latecomer says; if it does not, as the clients say that have the disk. */
+  /** As the later client says; if it says nothing, as the clients say that have the disk. */
   #otherwise(exclusive: Exclusive | undefined, obstacles: readonly Claim[]): Otherwise {
     if (exclusive !== undefined && exclusive !== 'unsaid') return exclusive;
     const refuses = obstacles
@@ -137,7 +137,7 @@ export class Writers {
     return this.#twoWriters.last(disk);
   }
 
-  /** The disk was deleted or made anew. */
+  /** The disk was deleted or created again. */
   forget(disk: string): void {
     this.#twoWriters.forget(disk);
   }
@@ -161,12 +161,12 @@ export class Writers {
   /** For Claim only. Errors: CatalogError BUSY (it must not write). */
   beginWriting(claim: Claim): void {
     const { disk, client } = claim;
-    if (!claim.mayWrite) throw busy(`${disk} is open by another client that alone may write it`);
-    if (claim.isFenced) throw busy(`${disk} is not yours any more: this connection was cut off`);
+    if (!claim.mayWrite) throw busy(`${disk} is open by another client, and only that client may write it`);
+    if (claim.isFenced) throw busy(`${disk} cannot be written any more: this connection was cut off`);
     const others = this.#claimsOf(disk).filter((other) => other !== claim && other.mayWrite);
     const owner = others.find(({ isExclusive }) => isExclusive);
     // Only a command comes here: it is let in beside an exclusive writer, since commands mean to read.
-    if (owner) throw busy(`${disk} is open exclusively by ${owner.label}: nobody else writes it`);
+    if (owner) throw busy(`${disk} is open exclusively by ${owner.label}: no other client may write it`);
     claim.firstWriteAt ??= Date.now();
     if (client === undefined) return;
     const first = others.find(
@@ -220,7 +220,7 @@ export class Writers {
     // Some may have ended by themselves meanwhile.
     const there = staying.filter((claim, i) => isThere[i] && this.#byPeer.get(claim.peer) === claim);
     const [first] = there;
-    if (first !== undefined) throw inUse(disk, first, there.length - 1, 'was asked, and is there');
+    if (first !== undefined) throw inUse(disk, first, there.length - 1, 'still answers');
     this.#cutOff(disk, claimant, staying, 'did not answer');
     if (!(await endWithin(staying, deadline))) throw stillEnding(disk, staying);
   }
@@ -239,7 +239,7 @@ export class Writers {
 
   #logReadOnly(disk: string, claimant: Claimant, first: Claim): void {
     const label = labelOfClaimant(claimant);
-    const line = `${disk} is read-only for ${label}: only one may write it, and ${first.label} has it open for that`;
+    const line = `${disk} is read-only for ${label}: only one client may write it, and ${first.label} has it open for writing`;
     this.#logOften(`disk ${disk}`, line, { vdi: disk, peer: claimant.peer.address, client: label });
   }
 }
@@ -251,13 +251,13 @@ function isOf(claim: Claim, { client }: Claimant): boolean {
 function inUse(disk: string, first: Claim, others: number, how = ''): CatalogError {
   const more = others > 0 ? `, and by ${others} more` : '';
   const asked = how === '' ? '' : `, which ${how}`;
-  const words = `${disk} is open for writing by ${first.label}${asked}${more}, and only one may write it`;
-  return busy(words, ": disconnect that, or 'sheepgate client disconnect' does");
+  const words = `${disk} is open for writing by ${first.label}${asked}${more}, and only one client may write it`;
+  return busy(words, "; disconnect that client, for example with 'sheepgate client disconnect'");
 }
 
 function stillEnding(disk: string, claims: readonly Claim[]): CatalogError {
   return busy(
     `${disk}: the connection of ${claims[0]?.label ?? 'another client'} has ended, but its last requests are not finished ` +
-      `after ${END_WAIT_MS / 1000} s, and nobody may write before; try again`,
+      `after ${END_WAIT_MS / 1000} s, and no other client may write before that; try again`,
   );
 }

@@ -1,6 +1,6 @@
 /**
- * Making one disk read as another, and proving that it does. Owns the units in which two disks are read, compared and
- * copied, and what of a unit is written. The caller chooses the disks and marks the units.
+ * Making one disk read as another, and proving that it does. Owns the units in which two disks are read, compared and copied, and
+ * which parts of a unit are written. The caller chooses the disks and marks the units.
  */
 import type { DataPage, Disk } from '../operations/operations.js';
 import { runsOf, type BufferRun } from './buffer-runs.js';

@@ -1,4 +1,4 @@
-/** A VDI or snapshot becomes a raw image. Owns that whatever interrupts it, no part of an image is left under its name. */
+/** A VDI or snapshot becomes a raw image. Guarantees that an interruption leaves no partial image under its name. */
 import type { Operations } from '../operations/operations.js';
 import type { Copied } from './disk-copy.js';
 import { openTarget, type ImageTarget } from './image-target.js';

@@ -25,7 +25,7 @@ const SOME_FILE = 'FILE';
 const converted = (format: string) => (file: string, name: string) =>
   `convert it: qemu-img convert -f ${format} -O raw ${file} disk.raw && sheepgate import disk.raw ${name}`;
 const unpacked = (program: string) => (file: string, name: string) =>
-  `unpack it on its way: ${program} ${file} | sheepgate import - ${name} --size SIZE`;
+  `unpack it into a pipe: ${program} ${file} | sheepgate import - ${name} --size SIZE`;
 const archived = (program: string) => (file: string) =>
   `unpack it with ${program} ${file}, and import the disk that is in it`;
 

@@ -160,7 +160,7 @@ export class ControlClient {
     if (error.code === 'ECONNRESET') {
       return new OperationError(
         'UNREACHABLE',
-        `the daemon on ${this.path} ended before it answered: whether it has done the request is not known`,
+        `the daemon on ${this.path} ended before it answered: it is not known whether the request was carried out`,
         { cause: error },
       );
     }

@@ -93,7 +93,7 @@ export class DirectOperations implements Operations {
     return Promise.reject(
       new OperationError(
         'NO_CLIENT',
-        `there is no connection ${id}: no daemon serves ${this.store}, so nobody is connected`,
+        `there is no connection ${id}: no daemon serves ${this.store}, so no client is connected`,
       ),
     );
   }

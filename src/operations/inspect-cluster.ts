@@ -1,6 +1,6 @@
 /**
- * What the nodes of a cluster say and have, read from the nodes themselves and not through a daemon: for when something is
- * wrong, and for work that a daemon has no time for. Owns the way of the command line to a cluster beside Operations.
+ * The state and the copies of a cluster's nodes, read from the nodes directly and not through a daemon: for when something is
+ * wrong, and for work that would burden a daemon. Owns the access of the command line to a cluster beside Operations.
  */
 export { addressLabel } from '../store/sheep/cluster-address.js';
 export { readClusterReport, type ClusterReport, type NodeState } from '../store/sheep/cluster-report.js';

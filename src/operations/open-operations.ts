@@ -16,9 +16,9 @@ import { checkSocketPath } from './socket-address.js';
 import { socketState } from './socket-state.js';
 
 /**
- * How long to wait for a store whose holder does not listen on the control socket: a command that is done in a moment, or a daemon
- * that is starting or stopping. Counted anew when another process gets the lock: of several commands that are started together,
- * each one has its turn.
+ * How long to wait for a store whose holder does not listen on the control socket: a command that is done in a moment, or a
+ * daemon that is starting or stopping. The time starts again when another process gets the lock, so that several commands that
+ * are started together all succeed.
  */
 const LOCK_WAIT_MS = 3_000;
 /** In all, however many processes come first. */

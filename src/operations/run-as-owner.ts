@@ -51,7 +51,7 @@ export function takeOwner(directory: string): () => void {
   return once(giveBack);
 }
 
-/** The owner of a directory, or the one that it will have when it is made: that of the nearest directory above. */
+/** The owner of a directory. If it does not exist: the owner that it will get, which is that of the nearest directory above. */
 function ownerOf(directory: string): Identity & { readonly isThere: boolean } {
   for (let entry = path.resolve(directory); ; entry = path.dirname(entry)) {
     const status = fs.statSync(entry, { throwIfNoEntry: false });
@@ -64,14 +64,14 @@ function twoOwners(
   { uid, isThere }: Identity & { readonly isThere: boolean },
   other: Identity & { readonly store: string },
 ): string {
-  const both = `${other.store} belongs to uid ${other.uid}, and this command would have to be both`;
+  const both = `${other.store} to uid ${other.uid}, and one command cannot run as both`;
   if (isThere) {
     const others = shellWord(uid === 0 ? other.store : directory);
-    return `${directory} belongs to uid ${uid}, ${both}: start the daemon of ${others}, which then does the work on it`;
+    return `${directory} belongs to uid ${uid}, ${both}: start the daemon of ${others}, which then does the work there`;
   }
   return (
-    `${directory} is not there yet and would belong to uid ${uid}, as what it lies in does, but ${both}: ` +
-    `'install -d -m 700 -o ${other.uid} -g ${other.gid} ${shellWord(directory)}' makes it that user's`
+    `${directory} does not exist and would belong to uid ${uid}, like its parent directory, ${both}: ` +
+    `'install -d -m 700 -o ${other.uid} -g ${other.gid} ${shellWord(directory)}' makes a directory of that user`
   );
 }
 
@@ -87,8 +87,8 @@ export function explainIdentity(error: unknown): unknown {
   const what = isSystemError(error) ? whatFailed(error) : (error as Error).message;
   return new OperationError(
     'PERMISSION',
-    `${what}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
-      `has that open; use a path that this user may use, or start the daemon of ${store}, which then has the store`,
+    `${what}: while the store ${taken.store} is open, this command works as its owner, uid ${taken.uid}; use a path that ` +
+      `this user can access, or start the daemon of ${store}, which then opens the store itself`,
     { cause: error },
   );
 }
@@ -107,12 +107,12 @@ export function refuseOthersStore(directory: string): void {
   const { uid, gid } = ownerOf(directory);
   if (uid === 0) return;
   const own = fs.existsSync(directory)
-    ? `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`
-    : `if it is to be root's store: 'mkdir -m 700 ${shellWord(directory)}'`;
+    ? `to make it root's store: 'chown -hR 0:0 ${shellWord(directory)}'`
+    : `to make a store of root: 'mkdir -m 700 ${shellWord(directory)}'`;
   throw new OperationError(
     'OWNER',
-    `${directory} belongs to the user with uid ${uid}, who could not open what a daemon of root makes there: ` +
-      `start the service, or say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate serve …'; ${own}`,
+    `${directory} belongs to uid ${uid}, who could not open the files that a daemon of root makes there: start the service, ` +
+      `or use 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate serve …'; ${own}`,
   );
 }
 
@@ -131,8 +131,8 @@ function become({ uid, gid }: Identity, store: string): NonNullable<typeof taken
   } catch (error) {
     throw new OperationError(
       'PERMISSION',
-      `${store} belongs to the user with uid ${uid}, and this process may not become that (${(error as Error).message}): ` +
-        `say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate …'`,
+      `${store} belongs to uid ${uid}, and this process may not become that user (${(error as Error).message}): use ` +
+        `'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate …'`,
     );
   }
   restore = () => {

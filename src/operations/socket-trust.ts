@@ -53,7 +53,7 @@ export function mustBeTrusted(socket: TrustedSocket, uid: number | undefined, se
   if (uid === undefined) {
     throw new OperationError(
       'UNTRUSTED',
-      `the system does not say who listens on ${socket.path}; nothing was sent there`,
+      `nothing was sent to the control socket ${socket.path}: the system does not report which user listens there`,
     );
   }
   if (!socket.uids.has(uid)) throw untrusted(socket.path, `uid ${uid} listens there`, uid, self);
@@ -90,11 +90,11 @@ function isMadeByRoot(directory: string): boolean {
 function untrusted(socketPath: string, what: string, uid: number, self: number): OperationError {
   const wayOut =
     self === ROOT
-      ? `if that user's daemon is meant, say 'setpriv --reuid=${uid} --init-groups sheepgate …' or the like`
-      : 'if it is not yours, remove it or have it removed, and see that XDG_RUNTIME_DIR is set, or give another --control';
+      ? `to use that user's daemon, run 'setpriv --reuid=${uid} --init-groups sheepgate …'`
+      : 'if it is not yours, have it removed, and set XDG_RUNTIME_DIR, or give another --control';
   return new OperationError(
     'UNTRUSTED',
-    `nothing was sent to the control socket ${socketPath}: ${what}, who is neither this user nor root nor the owner of a ` +
-      `directory that root has made for it; ${wayOut}`,
+    `nothing was sent to the control socket ${socketPath}: ${what}, which is neither this user, nor root, nor the owner of a ` +
+      `directory that root has made for the socket; ${wayOut}`,
   );
 }

@@ -96,7 +96,7 @@ export class Placement {
   }
 }
 
-/** Whether objects are placed on the node. False for a gateway, which has no part of the ring. */
+/** Whether objects are placed on the node. False for a gateway, which has no points on the ring. */
 export function keepsObjects({ vnodes, disks }: ClusterNode, byDisk: boolean): boolean {
   return byDisk ? disks.length > 0 : vnodes > 0;
 }

@@ -63,9 +63,9 @@ export function sliceReferences(references: Buffer, from: number, to: number): B
 }
 
 /**
- * What a snapshot makes of references: `source`, those that the table had; `derived`, those of the table that goes on from it.
- * One more in each count of the source; the next generation, with a count of 0, in the other. Entries without an object stay as
- * they are in the source, and are 0 in the other.
+ * What a snapshot makes of references. `source`: those of the snapshot's table, with 1 added to each count. `derived`: those of
+ * the table that continues from it, with the next generation and a count of 0. Entries without an object stay as they are in
+ * `source`, and are 0 in `derived`.
  */
 export function deriveReferences(
   references: Buffer,

@@ -43,9 +43,9 @@ export interface ObjectStore {
   close(): Promise<void>;
 }
 
-/** A lock that the nodes of a cluster have on a VDI: `shared` ones are iSCSI targets', which know of each other. */
+/** A lock that the nodes of a cluster have on a VDI: `shared` ones belong to iSCSI targets, which coordinate their writes. */
 export interface VdiLock {
-  /** May be a snapshot's by now. */
+  /** It may be the vid of a snapshot now. */
   readonly vid: number;
   /** The VDI was deleted. A new VDI that gets this id would be locked. */
   readonly isDeleted: boolean;

@@ -12,7 +12,7 @@ import type { Awaitable, Unfinished, VdiRecord } from './vdi-record.js';
 export interface VdiControl {
   readonly record: VdiRecord;
   /**
-   * Why the VDI cannot be used any more: a temporary snapshot that has ended, or a VDI that somebody else has deleted or
+   * Why the VDI cannot be used any more: a temporary snapshot that has ended, or a VDI that another client has deleted or
    * replaced. Set once; data calls fail with it from then on.
    */
   readonly failure?: Error | undefined;
@@ -103,10 +103,10 @@ export interface ObjectVdi extends VdiControl, ObjectReader {
   /** The vid under which `createObject` makes objects now: no snapshot refers to any object of this vid. */
   readonly creationVid: number;
   /**
-   * What others do to a store may show in the middle of a request. A read fails with GONE if the object lost its last
-   * reference meanwhile: src/vdi looks at the map again and reads once more. A change fails with MOVED if the VDI goes on
-   * under another vid with another map: src/vdi decides again by the new map. False: neither error occurs, and src/vdi
-   * does not look for them.
+   * What other clients do to a store may become visible during a request. A read fails with GONE if the object lost its last
+   * reference meanwhile: src/vdi looks at the map again and repeats the read. A change fails with MOVED if the VDI continues
+   * under another vid with another map: src/vdi decides again by the new map. False: neither error occurs, and src/vdi does not
+   * look for them.
    */
   readonly objectsMove: boolean;
   /**
@@ -124,7 +124,7 @@ export interface ObjectVdi extends VdiControl, ObjectReader {
    */
   isKeptAside?(idx: number): boolean;
   /**
-   * Of a temporary snapshot whose objects the working VDI goes on changing in place: the first index in [idx, end) whose
+   * Of a temporary snapshot whose objects the working VDI continues to change in place: the first index in [idx, end) whose
    * object was changed since, although both maps name the same owner; `end` if there is none. Absent: there are none.
    */
   nextOverwritten?(idx: number, end: number): number;

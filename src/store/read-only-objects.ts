@@ -64,6 +64,6 @@ export abstract class ReadOnlyObjects {
 
   #refuse(): never {
     const { name, tag } = this.record;
-    throw new Error(`invariant: ${name}@${tag} is only read, and was to be changed`);
+    throw new Error(`invariant: a change of ${name}@${tag}, which is read-only`);
   }
 }

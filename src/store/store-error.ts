@@ -16,18 +16,18 @@ export type StoreErrorCode =
   | 'GONE'
   /** The VDI has a new vid and a new map: decide again. */
   | 'MOVED'
-  /** The object belongs to a snapshot by now. */
+  /** The object belongs to a snapshot now. */
   | 'READONLY'
-  /** The disk has become smaller, and what is asked for is not within it any more. A write gets NO_SPACE. */
+  /** The disk has become smaller, and the requested range is no longer within it. A write gets NO_SPACE. */
   | 'BEHIND_END'
-  /** Not what this store, or this version, can do. */
+  /** This store, or this version, cannot do it. */
   | 'UNSUPPORTED'
-  /** Where a store is was not said clearly. */
+  /** The location of a store is not valid. */
   | 'ADDRESS';
 
 /** `message` is for the operator: it names files and nodes. */
 export class StoreError extends Error {
-  /** In words for whoever uses the disk, if there is more to tell than the code: it can do something about it. */
+  /** A message for the client that uses the disk, where it can act on more than the code. */
   readonly forClients: string | undefined;
 
   constructor(
@@ -41,7 +41,7 @@ export class StoreError extends Error {
   }
 }
 
-/** Somebody else has shrunk the disk while it was in use. */
+/** Another client has shrunk the disk while it was in use. */
 export function behindEndError({ name, size }: VdiRecord, code: 'BEHIND_END' | 'NO_SPACE'): StoreError {
   return new StoreError(code, `${name} was shrunk to ${size} bytes while it was in use, and this is behind its end`, {
     forClients: `the disk was shrunk to ${size} bytes while it was in use`,

@@ -22,7 +22,7 @@ export interface Unfinished {
   readonly by: (typeof FILLERS)[number];
   /** Identifies the content, hex digits: only a command with the same content continues. Empty: any command of its kind. */
   readonly of: string;
-  /** The run of the command that works on it, or was the last to: hex digits that no other run has. */
+  /** The run of the command that works on it, or worked on it last: hex digits that no other run has. */
   readonly run: string;
   /** Milliseconds since the epoch. */
   readonly since: number;

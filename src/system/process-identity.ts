@@ -30,7 +30,7 @@ export function lookAtProcess(pid: number): RunningProcess | undefined {
   return { startTime, command: stat.slice(stat.indexOf('(') + 1, end) };
 }
 
-/** A process whose first thread has ended may go on with others. */
+/** A process whose first thread has ended may continue with others. */
 function threadsOf(pid: number): number {
   try {
     return fs.readdirSync(`/proc/${pid}/task`).length;

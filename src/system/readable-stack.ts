@@ -22,7 +22,7 @@ export function readableStack(error: unknown): string {
   });
 }
 
-/** Of a file of another package, or one that is damaged, there is none: the trace matters more. */
+/** No source map, or a damaged one: the trace is still printed. */
 function sourceMapOf(file: string): SourceMap | undefined {
   try {
     return new SourceMap(JSON.parse(fs.readFileSync(`${file}.map`, 'utf8')) as SourceMapPayload);

@@ -64,7 +64,10 @@ export function peerCredentials(connection: net.Socket): SocketCredentials | und
   );
 }
 
-/** What /proc says of the process is read when somebody asks: whoever opens nothing costs no reading of files. */
+/**
+ * Credentials of a process. Its files in /proc are read at the first use of `startTime` or `command`: a client that opens no
+ * export costs no file reads.
+ */
 class SocketCredentials {
   #process: RunningProcess | undefined;
   #isLookedAt = false;
@@ -173,7 +176,7 @@ export function askOften(connection: net.Socket, seconds: number): (() => void) 
   often.writeUInt32LE(seconds);
   if (!names.every((name) => set(fd, name, often))) return undefined;
   return () => {
-    // The descriptor may be closed by now, and reused by another connection.
+    // The descriptor may have been closed meanwhile, and reused by another connection.
     const still = descriptorOf(connection);
     if (still === undefined) return;
     names.forEach((name, i) => {

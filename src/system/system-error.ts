@@ -39,13 +39,13 @@ const ADVICE: Readonly<Record<string, string>> = {
   EACCES: 'run this as a user with access, or change the permissions of it and of the directories above it',
   EPERM: 'run this as a user with that permission',
   EROFS: 'mount it writable, or give another place',
-  ENOSPC: 'make room there, or give another place',
-  EDQUOT: 'make room there, raise the quota, or give another place',
+  ENOSPC: 'free some space on that filesystem, or give another place',
+  EDQUOT: 'delete some files there, raise the quota, or give another place',
   EFBIG: 'the filesystem does not support files of this size; give another place',
   ENAMETOOLONG: 'give a shorter name',
   ELOOP: 'its symbolic links form a circle; give the real name',
   EIO: 'the disk has failed; dmesg may say why',
-  ESTALE: 'the server of this filesystem does not know it any more; mount it again',
+  ESTALE: 'the server of this filesystem no longer has it; mount the filesystem again',
   EMFILE: "this process has too many open files; raise 'ulimit -n'",
   ENFILE: 'the system has too many open files; raise fs.file-max',
   ENOMEM: 'free some memory',
@@ -62,7 +62,7 @@ export interface SystemError extends NodeJS.ErrnoException {
   readonly dest?: string;
 }
 
-/** Whether this is the error of a system call itself; not one of our layers' errors about it. */
+/** Whether this is the error of a system call itself, and not an error of one of our layers about it. */
 export function isSystemError(error: unknown): error is SystemError {
   const { code, syscall } = (error ?? {}) as Partial<NodeJS.ErrnoException>;
   return error instanceof Error && typeof code === 'string' && typeof syscall === 'string';

@@ -44,7 +44,7 @@ export class BusyChecks {
     );
   }
 
-  /** The name need not exist. Errors: BUSY (a client that was cut off may come back and take it for what it was). */
+  /** The name need not exist. Errors: BUSY (a client that was cut off may come back and expect the old disk). */
   mustBeUnused(
     record: Pick<VdiRecord, 'name' | 'tag'>,
     what: string,
@@ -65,8 +65,8 @@ export class BusyChecks {
     const more = others.length === 0 ? '' : `, and by ${others.length} more`;
     throw new CatalogError(
       'BUSY',
-      `${spec} is in use by ${first.client}${more}, whose connection was cut off at ${timeOf(first.lostAt ?? 0)} and who may ` +
-        `come back until ${timeOf(first.until ?? 0)}: it cannot be ${what}, unless ${forceOption} says that nobody will`,
+      `${spec} is in use by ${first.client}${more}, which was cut off at ${timeOf(first.lostAt ?? 0)} and may come back until ` +
+        `${timeOf(first.until ?? 0)}: it cannot be ${what}, unless ${forceOption} says that no client will come back`,
     );
   }
 

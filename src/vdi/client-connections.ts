@@ -17,7 +17,7 @@ export class ClientConnections {
   live = 0;
   /** The last requests of the connections that were cut off, in the order they were cut off. */
   readonly #lost: number[] = [];
-  /** When the connections were opened that did not take over and have left in order, since there was no connection. */
+  /** Of connections that took over from none and have left in order: when each was opened. Emptied when no connection is left. */
   readonly #left: number[] = [];
 
   get lost(): number {
@@ -47,7 +47,8 @@ export class ClientConnections {
   settle(): void {
     if (this.live > 0) return;
     const left = this.#left.splice(0).sort((a, b) => a - b);
-    // One return for each, the earliest possible: connections that worked side by side to the end are no returns.
+    // Each lost connection gets one return at most, the earliest possible. Connections that were open side by side to the end do
+    // not count as returns.
     const lost = this.#lost.splice(0).sort((a, b) => a - b);
     for (const lastRequest of lost) {
       const at = left.findIndex((opened) => opened > lastRequest);

@@ -46,7 +46,7 @@ export interface UseRecord {
 export interface UseOfConnection {
   readonly use: Use;
   readonly writable: boolean;
-  /** It may be one of these that was cut off, come back. */
+  /** The connections of which one was cut off that this one may continue. */
   readonly tookOver: ClientConnections | undefined;
 }
 
@@ -71,7 +71,7 @@ export class Use {
   hasLeft = false;
   /** The write of `record` that is in flight. */
   storing?: Promise<void> | undefined;
-  /** Since no writer was connected, of a client that is not exact: writers that took over, wrote nothing and left ... */
+  /** Of a client that is not exact, since it last had no writer: writers that took over, wrote nothing and left ... */
   #onlyLooked = 0;
   /** ... and whether one has written and left in order. */
   #hasWritten = false;
@@ -82,7 +82,7 @@ export class Use {
     this.lostForMs = lostForMs;
   }
 
-  /** A use of which only the record is known: the number of its connections does not matter. */
+  /** A use that is known only by its record: the number of its connections does not matter. */
   static lost(key: string, record: UseRecord): Use {
     const use = new Use(key, record, record.forMs);
     (record.writable ? use.writers : use.readers).loseAll(1);
@@ -127,7 +127,7 @@ export class Use {
     return { use: this, writable, tookOver };
   }
 
-  /** Returns whether the connection has ended in order: none of its client is to be expected back for it. */
+  /** Returns whether the connection has ended in order: its client is not expected to continue it on another connection. */
   leave({ writable, tookOver }: UseOfConnection, { isOver, hadErrors, hasWritten, span }: EndOfUse): boolean {
     const { writers, readers } = this;
     const own = writable ? writers : readers;
@@ -137,8 +137,8 @@ export class Use {
     if (!isInOrder) {
       own.loseAll(1, span);
     } else if (isExact) {
-      // One process: when its last connection says goodbye, none that broke before will come back. A connection that could
-      // only read says nothing about the writers.
+      // One process: when its last connection says goodbye, its earlier lost connections will not come back. The end of a
+      // connection that could only read proves nothing about the writers.
       if (own.live === 0) own.forget();
       if (this.live === 0 && writable) readers.forget();
     } else if (hasWritten) {
@@ -146,12 +146,13 @@ export class Use {
     } else if (tookOver === writers) {
       this.#onlyLooked++;
     }
-    // Behind an address, a writer that wrote nothing says nothing about the other writers. One that took over was counted then.
+    // Several clients may share an address: the end of a writer that wrote nothing proves nothing about the others. If it took
+    // over, it was counted above.
     const saysSomething = isExact || !writable || hasWritten;
     if (isInOrder && tookOver === undefined && saysSomething) own.leave(span);
     own.settle();
     if (writers.live === 0) {
-      // Behind an address: if no writer has written, they only looked, and the one that was cut off may still write.
+      // Several clients may share an address: if no writer has written, they only looked, and the lost one may still write.
       if (!this.#hasWritten) writers.loseAll(this.#onlyLooked);
       else if (isInOrder) writers.forget();
       this.#onlyLooked = 0;

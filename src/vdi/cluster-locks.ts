@@ -1,8 +1,8 @@
 /**
  * Locks that the nodes of a cluster keep on VDIs: how they are reported, and which may be taken away. A lock says through which
- * node a client has opened a VDI, and not whether the client is still there. When that node ends, the client goes on through
- * another. When somebody else takes a snapshot, the client keeps the lock on the VDI's old id. So only a deleted VDI is unlocked
- * without naming the holder. Sends nothing.
+ * node a client has opened a VDI, and not whether the client is still there. When that node ends, the client continues through
+ * another node. When another client takes a snapshot, the client keeps the lock on the VDI's old id. So only a deleted VDI is
+ * unlocked without naming the holder. Sends nothing.
  */
 import type { LockHolder, ObjectStore, VdiLock, VdiLocks } from '../store/object-store.js';
 import type { VdiRecord } from '../store/vdi-record.js';
@@ -72,7 +72,7 @@ export function mayUnlock(
   }
   const label = record ? `${spec} (id ${record.vid.toString(16)})` : spec;
   if (status === undefined) {
-    throw new CatalogError('NOT_LOCKED', `${label} is not locked; 'sheepgate vdi lock list' shows what is`);
+    throw new CatalogError('NOT_LOCKED', `${label} is not locked; 'sheepgate vdi lock list' shows all locks`);
   }
   const [first] = status.holders;
   const holder = heldBy === undefined ? first : status.holders.find(({ node }) => node === heldBy);
@@ -97,14 +97,14 @@ function mustSayHolder(
   { node, isMember }: LockHolder,
   isSnapshot: boolean,
 ): CatalogError {
-  // A lock stays on the old id when somebody else takes a snapshot: an idle client still relies on it.
+  // A lock stays on the old id when another client takes a snapshot: an idle client still relies on it.
   const what = isSnapshot ? `; a client that had the VDI open when this snapshot was taken may rely on the lock` : '';
   const state = isMember
     ? 'a member of the cluster, so the client that asked it for the lock may be writing'
-    : 'no member any more, but the client that asked it for the lock may be writing through another node';
+    : 'no longer a member, but the client that asked it for the lock may be writing through another node';
   return new CatalogError(
     'NEEDS_FORCE',
-    `${label} is locked through ${through}, ${state}${what}; two writers destroy a disk. Once you are sure that there is no writer, ` +
+    `${label} is locked through ${through}, ${state}${what}; two writers destroy a disk; if you are sure that there is no writer, ` +
       `'sheepgate vdi lock unlock ${shellWord(spec)} --held-by ${node}' ends the lock`,
   );
 }

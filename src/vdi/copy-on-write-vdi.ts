@@ -169,7 +169,7 @@ export class CopyOnWriteVdi implements Vdi {
     return this.#readAgainIfGone(later, owner, idx, within, into);
   }
 
-  /** If the object has vanished during the read: read the one that has taken its place. */
+  /** If the object was removed during the read: read the object that has replaced it. */
   async #readAgainIfGone(
     later: Promise<void>,
     owner: number,
@@ -236,7 +236,7 @@ export class CopyOnWriteVdi implements Vdi {
     await pending.all();
   }
 
-  /** `epoch`: the gate's, for a write that has just entered; CLOSED for a write that is done once more. */
+  /** `epoch`: the gate's, for a write that has just entered; CLOSED for a write that is repeated. */
   #writeObject(idx: number, within: number, data: Buffer, epoch = CLOSED): Awaitable<void> {
     const running = this.#changes.running(idx);
     if (running) {
@@ -261,7 +261,7 @@ export class CopyOnWriteVdi implements Vdi {
     );
   }
 
-  /** Where objects move: do the write once more if the VDI has gone on under another vid meanwhile. */
+  /** Where objects move: repeat the write if the VDI has another vid meanwhile. */
   #orAgain(later: Promise<void>, idx: number, within: number, data: Buffer): Promise<void> {
     if (!this.#open.objectsMove) return later;
     return this.#changes.againIfMoved(later, () => this.#writeObject(idx, within, data));
@@ -271,7 +271,7 @@ export class CopyOnWriteVdi implements Vdi {
     return this.#open.gathersFirstWrites === true && this.#gathers.isWorthIt(within, length, this.#objectSize);
   }
 
-  /** Copy the object at idx once, for `data` and for the writes that follow it at once. */
+  /** Copy the object at idx once, for `data` and for the writes that follow it immediately. */
   #gather(idx: number, data: Buffer, epoch: number): Promise<void> {
     const gathered = new FirstWrites(data, epoch, this.#objectSize, () => this.gate.isAwaited(epoch));
     this.#gathering.set(idx, gathered);

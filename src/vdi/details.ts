@@ -6,13 +6,13 @@ import type { ClientUse } from './in-use.js';
 import type { KeptSnapshot } from './kept-snapshots.js';
 import { specOf } from './names.js';
 
-/** Records that are worked on before other work of the event loop has its turn. */
+/** Records that are processed before the event loop does other work. */
 const RECORDS_PER_TURN = 500;
 
 export interface VdiDetails extends VdiRecord {
   /** Space of its allocated objects: whole objects, whether shared or not. */
   readonly allocatedBytes: number;
-  /** Space of those of them that no other VDI or snapshot refers to. */
+  /** Space of the objects that no other VDI or snapshot refers to. */
   readonly exclusiveBytes: number;
   /** Why neither is known. */
   readonly damage?: string;

@@ -91,7 +91,7 @@ export class DirectVdi implements Vdi {
   }
 }
 
-/** What the store has left out up to `end` is `rest`. */
+/** The range up to `end` that the store has not reported counts as `rest`. */
 function finishing(joiner: ExtentJoiner, end: number, rest: boolean, later: Awaitable<void>): Awaitable<void> {
   if (later !== undefined) return later.then(() => finishing(joiner, end, rest, undefined));
   joiner.fillUpTo(end, rest);

@@ -37,11 +37,11 @@ export function beginFilling(parts: CatalogParts, name: string, beginning: Begin
     // Checked before anything is removed: the snapshots are what a migration has carried over so far.
     const [other] = named.filter((record) => record !== found && !kept.isUnused(record));
     if (other) throw await lookup.exists(found ?? other, '');
-    const ended = await kept.end(named, `${name} was made anew`);
-    for (const { spec, client } of ended) log(`ended ${spec}, which was kept for ${client}: ${name} was made anew`);
-    // A VDI that a command made and did not finish holds nothing that was there before the command.
+    const ended = await kept.end(named, `${name} was created again`);
+    for (const { spec, client } of ended) log(`dropped ${spec}, kept for ${client}: ${name} was created again`);
+    // The VDI was made by a command that did not finish: it holds nothing from before that command.
     if (found) await catalog.remove(found.vid);
-    busy.mustBeUnused({ name, tag: '' }, 'made anew', { force });
+    busy.mustBeUnused({ name, tag: '' }, 'created again', { force });
     const size = beginning.isOpenEnded ? MAX_DATA_OBJECTS * 2 ** shift : beginning.size;
     const unfinished = { by, of, run, since: Date.now(), isNew: true };
     return catalog.create(name, size, shift, unfinished, redundancy);

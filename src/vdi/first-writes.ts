@@ -5,7 +5,7 @@
  * waiting has paid off lately.
  */
 
-/** A shorter first write does not suggest that the client overwrites the whole object. */
+/** After a shorter first write the client is not expected to overwrite the whole object. */
 const LEAST_BYTES = 64 * 1024;
 /** How long to wait for the next part. */
 const NEXT_PART_MS = 3;

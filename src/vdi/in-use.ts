@@ -168,9 +168,12 @@ export class InUse {
       await this.#facts.put(PREFIX + factKey(name, tag, client.id), record);
     } catch (error) {
       // Serving the guest matters more than protecting its disk while it is cut off.
-      this.#log(`${label(name, tag)} is open by ${client.label}, which is forgotten if this process is killed`, {
-        err: error,
-      });
+      this.#log(
+        `${label(name, tag)} is open by ${client.label}, but this cannot be stored, and is forgotten if this process is killed`,
+        {
+          err: error,
+        },
+      );
     }
   }
 
@@ -187,7 +190,7 @@ export class InUse {
       (other) =>
         other.record.name === name && other.record.tag === tag && other.live === 0 && other.record.client.id !== '*',
     );
-    // The clients that were cut off last are the likeliest to come back. (The map's order is that of the first connections.)
+    // The clients that were cut off last are the likeliest to come back. (The map is in the order of first connections.)
     if (others.length > MAX_LOST_CLIENTS) {
       this.#countTogether(others.reduce((oldest, other) => (other.leftMs < oldest.leftMs ? other : oldest)));
     }
@@ -221,12 +224,10 @@ export class InUse {
     this.#facts.putSoon(use.key, undefined);
   }
 
-  /**
-   * Take over the uses of a process that has ended: their clients were cut off. When, nobody knows: now at the latest.
-   */
+  /** Take over the uses of a process that has ended. Their clients were cut off, at an unknown time: now at the latest. */
   #takeOver(): void {
     this.#facts.refresh();
-    // Read anew what another process of this machine has stored since.
+    // Reload the records that another process of this machine has stored since.
     for (const [key, use] of this.#uses) {
       const stored = this.#facts.get(key);
       if (use.live > 0 || stored === use.record) continue;
@@ -248,8 +249,8 @@ export class InUse {
   }
 
   /**
-   * Another process serves it now. A store that is not shared has a lock, so another process in its records is one that had
-   * the lock before, or one that serves the original of a copy.
+   * Another process serves it now. A store that is not shared has a lock: another process in its records had the lock before, or
+   * serves the store that this one is a copy of.
    */
   #isForeign({ server }: UseRecord): boolean {
     return this.#facts.isShared && server !== ownKey && isRunning(server);

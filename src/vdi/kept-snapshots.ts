@@ -17,7 +17,7 @@ export interface KeptSnapshot {
 
 /** Keeps temporary snapshots that nobody has open. */
 export interface TemporaryKeeper {
-  /** The client that this snapshot is kept for; undefined if somebody has it open, or no client is expected back. */
+  /** The client that this snapshot is kept for; undefined if a connection has it open, or no client is expected back. */
   kept(vid: number): { readonly client: string; readonly until: number } | undefined;
   /** The snapshot was dropped for another operation. A client that comes back to it gets an error that says `why`. */
   dropped(vid: number, why: string): void;

@@ -35,7 +35,7 @@ export function createVdi(
     const shift = shiftOfNew(store, name, { size, blockSizeShift });
     await mustHold(store, redundancy);
     await lookup.mustNotExist(name);
-    busy.mustBeUnused({ name, tag: '' }, 'made anew', options, options.forceHint);
+    busy.mustBeUnused({ name, tag: '' }, 'created again', options, options.forceHint);
     return store.catalog.create(name, size, shift, undefined, redundancy);
   });
 }
@@ -51,7 +51,7 @@ export function cloneSnapshot(
     checkName(newName);
     const base = await lookup.findSnapshot(spec, 'clone');
     await lookup.mustNotExist(newName);
-    busy.mustBeUnused({ name: newName, tag: '' }, 'made anew', options);
+    busy.mustBeUnused({ name: newName, tag: '' }, 'created again', options);
     return store.catalog.clone(base.vid, newName);
   }, [newName]);
 }
@@ -91,7 +91,7 @@ export async function resizeVdi(
       if (!force) {
         throw new CatalogError(
           'NEEDS_FORCE',
-          `${name} has ${record.size} bytes; shrinking it to ${size} destroys the rest: say --force if that is meant`,
+          `${name} has ${record.size} bytes; shrinking it to ${size} destroys the data behind the new end; --force allows this`,
         );
       }
       await open.settle(record);

@@ -59,13 +59,16 @@ export class Lookup {
       );
     }
     if (tag === undefined) {
-      throw new CatalogError('NO_VDI', `"${name}" has snapshots only, no working VDI; clone one to go on writing`);
+      throw new CatalogError(
+        'NO_VDI',
+        `"${name}" has only snapshots, and no working VDI; clone a snapshot to write again`,
+      );
     }
     const [other] = tagged;
     if (other) {
       throw new CatalogError(
         'NO_TAG',
-        `"${name}" has no temporary snapshot "${tag}"; the one that another tool has given this tag is ${specOf(other)}`,
+        `"${name}" has no temporary snapshot "${tag}"; another tool has given this tag to ${specOf(other)}`,
       );
     }
     throw new CatalogError('NO_TAG', `"${name}" has no snapshot "${tag}"; 'sheepgate vdi list' shows what is there`);
@@ -93,7 +96,7 @@ export class Lookup {
     if (found.isTemporary) {
       throw new CatalogError(
         'UNSUPPORTED',
-        `cannot ${purpose} the temporary snapshot ${text}; take one that stays with 'sheepgate vdi snapshot'`,
+        `cannot ${purpose} the temporary snapshot ${text}; take a permanent one with 'sheepgate vdi snapshot'`,
       );
     }
     return found;
@@ -106,7 +109,7 @@ export class Lookup {
     if (first) throw await this.exists(named.find(({ isSnapshot }) => !isSnapshot) ?? first, '');
   }
 
-  /** The error EXISTS. `hint`, behind the state of an unfinished VDI that no command is at work on. */
+  /** The error EXISTS. `hint` follows the state of an unfinished VDI that no command is working on. */
   async exists(record: VdiRecord, hint: string): Promise<CatalogError> {
     const exists = `a VDI or snapshot named "${record.name}" exists already in ${this.#store.location}`;
     if (!record.unfinished) return new CatalogError('EXISTS', exists);
@@ -123,7 +126,7 @@ export class Lookup {
   async #circumstancesOf({ name, vid }: VdiRecord): Promise<Circumstances> {
     const isOpen = this.#open.isUsed(vid);
     const hasSnapshots = (await this.named(name)).some((other) => other.isSnapshot && !other.isTemporary);
-    // That no command has it open is known only of a store that no other process serves.
+    // Only of a store that no other process serves it is known that no command has the VDI open.
     return { isAtWork: isOpen || (this.#store.state?.isShared ? undefined : false), hasSnapshots };
   }
 
@@ -131,14 +134,15 @@ export class Lookup {
   async #mustNotBeDamaged(name: string, named: readonly VdiRecord[]): Promise<void> {
     const [damaged] = (await this.#store.catalog.damaged?.(name)) ?? [];
     if (!damaged) return;
-    const rest = named.length === 0 ? '' : `; what there is of it: ${named.map(specOf).join(', ')}`;
+    const rest = named.length === 0 ? '' : `; these can be read: ${named.map(specOf).join(', ')}`;
     throw new StoreError(
       'DAMAGED',
-      `of "${name}" in ${this.#store.location}, what has the id ${damaged.vid.toString(16)} cannot be read: ${damaged.why}${rest}`,
+      `the VDI or snapshot of "${name}" with the id ${damaged.vid.toString(16)} in ${this.#store.location} cannot be read: ` +
+        `${damaged.why}${rest}`,
     );
   }
 
-  /** Not a temporary snapshot: those end with the connections that have them open, and are nobody else's to open or delete. */
+  /** Not a temporary snapshot: it ends with the connections that have it open, and no others may open or delete it. */
   async #findById(vid: number): Promise<VdiRecord> {
     const found = await this.#store.catalog.record(vid);
     if (found && !found.isTemporary) return found;
@@ -147,8 +151,8 @@ export class Lookup {
     if (damaged) throw new StoreError('DAMAGED', `${vid.toString(16)} in ${location}: ${damaged.why}`);
     throw new CatalogError(
       'NO_VDI',
-      `nothing has the id ${vid.toString(16)} in ${location}; 'sheepgate vdi list' shows the ids, and a VDI gets ` +
-        'another one with every snapshot',
+      `nothing has the id ${vid.toString(16)} in ${location}; 'sheepgate vdi list' shows the ids; with every snapshot a ` +
+        'VDI gets a new one',
     );
   }
 }
@@ -162,7 +166,7 @@ function ambiguous({ name, tag }: VdiRecord, named: readonly VdiRecord[]): Catal
   const list = meant.map((other) => `@${other.vid.toString(16)} (tag "${other.tag}", number ${other.snapId})`);
   return new CatalogError(
     'AMBIGUOUS',
-    `"${name}@${tag}" is not clear: several snapshots have this tag or number; say by its ID which one is meant: ` +
+    `"${name}@${tag}" is ambiguous, because several snapshots have this tag or number; give the ID of one of them: ` +
       list.join(', '),
   );
 }

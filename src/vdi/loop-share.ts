@@ -1,7 +1,7 @@
 /**
- * Limits what long work over object maps takes of the event loop: all of it together gets a bounded time in one turn of the
- * loop, and goes on in later turns, one disk after the other. Without this limit a request of 32 bytes about a million objects
- * would stall all connections. Owns the queue; the work itself is the caller's.
+ * Limits what long work over object maps takes of the event loop: all of it together gets a bounded time in one turn of the loop,
+ * and continues in later turns, one disk after the other. Without this limit a request of 32 bytes about a million objects would
+ * stall all connections. Owns the queue; the work itself is the caller's.
  */
 
 /** For all long work together in one turn of the loop: well below what a waiting reader would notice. */

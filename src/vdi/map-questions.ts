@@ -104,11 +104,11 @@ export class MapQuestions {
   #extentsOn(walk: Walk): Promise<void> | undefined {
     const { joiner, end, work } = walk;
     work?.resume();
-    // The rest of an object about which the store has answered early.
+    // The store's answer about an object may have ended early: its rest counts as data.
     joiner.fillUpTo(walk.at);
     while (walk.at < end && !joiner.isStopped) {
       const idx = Math.floor(walk.at / this.#objectSize);
-      // The map may be another one by now, even a shorter one.
+      // The map may have been replaced meanwhile, even by a shorter one.
       const owner = this.#open.map[idx] ?? 0;
       if (owner === 0) {
         const next = this.endOfHole(idx, end);

@@ -51,14 +51,14 @@ function parseForeign(spec: string): VdiSpec {
   }
   const bad = (why: string): CatalogError => new CatalogError('BAD_NAME', `${JSON.stringify(spec)}: ${why}`);
   if (!text.startsWith(ENCODED)) {
-    throw bad('a name must stand before the @, or the hexadecimal ID behind it');
+    throw bad('there must be a name before the @, or a hexadecimal ID after it');
   }
   const [name, tag] = splitAt(text.slice(ENCODED.length)).map((part) => part && decodePercent(part, bad));
-  if (!name || tag === '') throw bad('what follows "@=" is a name, or NAME@TAG, and neither is empty');
+  if (!name || tag === '') throw bad('a name, or NAME@TAG, must follow "@=", and neither part may be empty');
   return { name, tag };
 }
 
-/** Before and behind the first @; [text, undefined] if there is none. */
+/** The text before and after the first @; [text, undefined] if there is none. */
 function splitAt(text: string): [string, string | undefined] {
   const at = text.indexOf('@');
   return at < 0 ? [text, undefined] : [text.slice(0, at), text.slice(at + 1)];
@@ -92,7 +92,7 @@ export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string
     if (tag !== undefined) check('tag', tag, MAX_TAG_BYTES);
     return plain;
   } catch {
-    // Another tool's name: ours cannot be such.
+    // Only another tool can have made this name.
   }
   return `@=${encodePercent(name)}${tag === undefined ? '' : `@${encodePercent(tag)}`}`;
 }
@@ -164,7 +164,7 @@ function check(what: string, text: string, maxBytes: number): void {
   if (/\p{Cc}|\p{Zl}|\p{Zp}/u.test(text))
     throw bad('must not contain NUL or other control characters, nor line separators');
   if (!text.isWellFormed()) throw bad('is not valid Unicode');
-  if (text === '.' || text === '..') throw bad('is a directory everywhere, and no name');
+  if (text === '.' || text === '..') throw bad('is the name of a directory on every system');
   if (text !== text.trim()) throw bad('must not begin or end with a space');
   if (Buffer.byteLength(text) > maxBytes) throw bad(`is longer than ${maxBytes} bytes`);
 }

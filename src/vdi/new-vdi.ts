@@ -83,7 +83,7 @@ export async function mustHold({ catalog, location }: ObjectStore, redundancy: R
 /** A VDI that exists keeps its redundancy. Errors: UNSUPPORTED (another one is wanted). */
 export function mustKeepRedundancy({ name, redundancy }: VdiRecord, wanted: Redundancy | undefined): void {
   if (wanted === undefined || isSameRedundancy(wanted, redundancy)) return;
-  const has = redundancy === undefined ? 'what it has' : describeRedundancy(redundancy);
+  const has = redundancy === undefined ? 'its redundancy' : describeRedundancy(redundancy);
   throw new CatalogError(
     'UNSUPPORTED',
     `${name} exists and keeps ${has}; leave --copies ${formatRedundancy(wanted)} out, or delete it first`,

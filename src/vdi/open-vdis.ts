@@ -53,7 +53,7 @@ export class OpenVdis {
   async acquire(record: VdiRecord): Promise<Vdi> {
     let entry = this.#entryOf(record.vid);
     if (entry && isOutdated(entry.vdi.record, record)) {
-      // A VDI that fails by this is its users' affair; we open it anew.
+      // If the open VDI fails here, its users get that error, and it is opened again below.
       await entry.vdi.opened.look?.().catch((error: unknown) => {
         if (!entry?.vdi.failure) throw error;
       });
@@ -130,7 +130,7 @@ export class OpenVdis {
     }
   }
 
-  /** The store is about to be closed, and with it all that is open: nothing is closed here any more. */
+  /** The store is about to be closed, with all open VDIs: nothing is closed here any more. */
   stop(): void {
     this.#isStopped = true;
   }
@@ -140,7 +140,7 @@ export class OpenVdis {
     return undefined;
   }
 
-  /** Not a VDI that another tool has deleted: only its present users still have that. */
+  /** Not a VDI that another tool has deleted: only its present users keep it. */
   #entryOf(vid: number): OpenEntry | undefined {
     for (const entry of this.#entries) {
       if (entry.vdi.record.vid === vid && !(entry.vdi.failure && entry.vdi.opened.look)) return entry;

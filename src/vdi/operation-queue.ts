@@ -1,6 +1,6 @@
 /**
- * Runs the catalog's operations: one at a time on each name, and no change to a store that is read-only. Owns nothing but the
- * rules for which names an operation is about: those its spec leads to, and those it says beside.
+ * Runs the catalog's operations: one at a time on each name, and no change to a store that is read-only. Owns only the rules for
+ * which names an operation is about: the name that its spec leads to, and further names that it gives.
  */
 import type { ObjectStore } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
@@ -38,7 +38,7 @@ export class OperationQueue {
     return vid === undefined ? this.#names.run([name, ...more], work) : this.onVid(vid, work, more);
   }
 
-  /** The same for whatever name the id has. */
+  /** The same for the name of the VDI or snapshot with this id. */
   async onVid<T>(vid: number, work: () => Promise<T>, more: readonly string[] = []): Promise<T> {
     const record = await this.#store.catalog.record(vid);
     return this.#names.run(record === undefined ? more : [record.name, ...more], work);

@@ -1,5 +1,5 @@
 /** A bounded number of operations in flight for one request, and the first of their failures. */
-/** Object changes that one request has under way at a time. */
+/** Object changes that one request has in flight at a time. */
 export const PARALLEL_OBJECTS = 8;
 
 export class Several {

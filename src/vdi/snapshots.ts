@@ -35,7 +35,7 @@ export async function takeSnapshot(
     const why = catalog.whyNoTag?.(tag);
     if (why !== undefined) throw new CatalogError('BAD_NAME', `tag "${tag}" ${why}`);
     const { name: own } = await lookup.findWorking(name);
-    busy.mustBeUnused({ name: own, tag }, 'taken anew', { force });
+    busy.mustBeUnused({ name: own, tag }, 'taken again', { force });
     if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
       throw new CatalogError('BAD_TIME', `a snapshot cannot have been taken at ${takenAt} ms since 1970`);
     }

@@ -1,6 +1,6 @@
 /**
  * A point in time that is stored, and how long ago it is. The wall clock may jump. The time since the boot does not jump, but
- * starts anew with every boot. So a timestamp has both: within one boot the time since the boot decides, afterwards the wall
+ * starts at zero with every boot. So a timestamp has both: within one boot the time since the boot decides, afterwards the wall
  * clock, and never less than zero. In a container the boot id may be the host's and the uptime its own: if the uptime has gone
  * back, it is another boot.
  */

@@ -22,13 +22,15 @@ export interface Beginning extends Pick<Unfinished, 'by' | 'of' | 'run'> {
   readonly isOpenEnded?: boolean | undefined;
   /** Also write over a VDI that is not unfinished. */
   readonly overwrites: boolean;
-  /** Keep and complete what an earlier run has left; otherwise a VDI that an earlier run has made is made anew. */
+  /**
+   * Keep and complete what an earlier run has left; otherwise a VDI that an earlier run has made is deleted and created again.
+   */
   readonly goesOn: boolean;
   /** Also if a client that was cut off may come back. */
   readonly force?: boolean | undefined;
 }
 
-/** For operations that the run of a command may do on the VDI that it fills. */
+/** For operations that a run of a command may do on the VDI that it fills. */
 export interface Filling {
   readonly run?: string | undefined;
 }
@@ -65,7 +67,7 @@ export function describeUnfinished(record: VdiRecord, { isAtWork, hasSnapshots }
   return `${began} ${state}, and ${content}; 'sheepgate ${by}' again completes it, ${waysOut(record, hasSnapshots)} gives it up`;
 }
 
-/** The ways to give an unfinished VDI up, as the subject of a sentence. */
+/** The ways to give up an unfinished VDI, as the subject of a sentence. */
 export function waysOut({ name, unfinished }: VdiRecord, hasSnapshots: boolean): string {
   const deletion = `'sheepgate vdi delete ${shellWord(name)}'`;
   return !unfinished?.isNew && hasSnapshots ? `a rollback to one of its snapshots, or ${deletion},` : deletion;
@@ -81,9 +83,9 @@ export function notHeldBy(record: VdiRecord, run: string | undefined, circumstan
   if (run === undefined) return new CatalogError('UNFINISHED', describeUnfinished(record, circumstances));
   const now = record.unfinished
     ? `${NOUNS[record.unfinished.by]} is at work on it, or was`
-    : 'it has no mark of this command any more';
+    : 'it no longer has the mark of this command';
   return new CatalogError(
     'UNFINISHED',
-    `${record.name} was deleted, rolled back, snapshotted by other means or begun anew while it was being filled: ${now}`,
+    `${record.name} was deleted, rolled back, snapshotted by other means or started again while it was being filled: ${now}`,
   );
 }

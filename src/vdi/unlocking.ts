@@ -1,6 +1,6 @@
 /**
- * Lists the locks that the nodes of a cluster keep on VDIs, and takes one away. Owns the order: the spec is looked up
- * again just before, and the nodes are told its id. What may be unlocked: cluster-locks.ts.
+ * Lists the locks that the nodes of a cluster keep on VDIs, and takes one away. Owns the order: the spec is looked up again just
+ * before, and the request to the nodes carries its id. What may be unlocked: cluster-locks.ts.
  */
 import type { VdiLock } from '../store/object-store.js';
 import type { VdiRecord } from '../store/vdi-record.js';

@@ -44,8 +44,8 @@ export interface Vdi {
   /** A hint: the range will be read soon. */
   cache(offset: number, length: number): Awaitable<void>;
   /**
-   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Each object is reported
-   * as it is when its turn comes, never as it was before the question. At once where the answer needs no waiting.
+   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Each object is reported as
+   * it is when the walk reaches it, never in an older state than at the call. At once where the answer needs no waiting.
    */
   extents(
     offset: number,

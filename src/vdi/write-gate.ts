@@ -7,7 +7,7 @@
 /** Returned by tryEnter if the gate is closed. */
 export const CLOSED = -1;
 
-/** Two are enough: an epoch begins only when nobody of the one before the last is inside. */
+/** Two are enough: an epoch begins only when no request of the epoch before the last is inside. */
 type Epoch = 0 | 1;
 
 export class WriteGate {
@@ -18,7 +18,7 @@ export class WriteGate {
   #outside: (() => void)[] = [];
   #left: (() => void) | undefined;
 
-  /** Somebody waits until the requests of `epoch` have left. A long request leaves then, and enters again. */
+  /** A snapshot waits until the requests of `epoch` have left. A long request then leaves, and enters again. */
   isAwaited(epoch: number): boolean {
     return this.#closed || (this.#left !== undefined && epoch !== this.#epoch);
   }
@@ -43,7 +43,7 @@ export class WriteGate {
     if (--this.#inside[epoch as Epoch] === 0 && this.#left) this.#left();
   }
 
-  /** Keep new requests outside and wait until nobody is inside. One holder at a time; the caller serialises. */
+  /** Keep new requests outside and wait until none is inside. One holder at a time; the caller serialises. */
   async close(): Promise<void> {
     if (this.#closed) throw new Error('invariant: the gate is closed already');
     this.#closed = true;

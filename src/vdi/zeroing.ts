@@ -83,8 +83,8 @@ export class Zeroing {
 
   /**
    * A range of many objects. Objects that are not allocated are zeros already: an empty disk of 4 TiB is trimmed by its map
-   * alone. Between two objects it leaves the gate for a snapshot that waits, which then has the one zeroed and the other not:
-   * allowed, because the request is not answered yet.
+   * alone. Between two objects it leaves the gate for a waiting snapshot. In that snapshot the first object is zeroed and the
+   * second is not: allowed, because the request is not answered yet.
    */
   async #zeroMany(epoch: number, offset: number, length: number, options: ZeroRequest): Promise<void> {
     const { noHole } = options;

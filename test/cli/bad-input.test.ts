@@ -49,7 +49,7 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['vdi', 'snapshot', 'vm', ''], /must not be empty/],
   [['vdi', 'snapshot', 'vm@s', 't'], /vm@s is a snapshot/],
   [['vdi', 'snapshot', 'nope', 't'], /no VDI named "nope"/],
-  [['vdi', 'snapshot', 'old', 't'], /"old" has snapshots only/],
+  [['vdi', 'snapshot', 'old', 't'], /"old" has only snapshots/],
   // unknown
   [['vdi', 'show', 'nope'], /no VDI named "nope" in .*'sheepgate vdi list' shows what is there/],
   [['vdi', 'show', 'vm@nope'], /"vm" has no snapshot "nope"/],
@@ -65,9 +65,9 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['vdi', 'clone', 'vm@s', 'new@x'], /must not contain/],
   [['vdi', 'clone', 'vm@nope', 'new'], /no snapshot "nope"/],
   [['vdi', 'rollback', 'vm'], /give NAME@TAG, not "vm"/],
-  [['vdi', 'rollback', 'old@s'], /"old" has snapshots only/],
+  [['vdi', 'rollback', 'old@s'], /"old" has only snapshots/],
   [['vdi', 'resize', 'vm@s', '2G'], /vm@s is a snapshot/],
-  [['vdi', 'resize', 'vm', '512M'], /shrinking it to 536870912 destroys the rest: say --force/],
+  [['vdi', 'resize', 'vm', '512M'], /shrinking it to 536870912 destroys the data behind the new end; --force/],
   [['vdi', 'resize', 'vm', '1000000001'], /multiple of 512/],
   [['vdi', 'resize', 'vm', '5T'], /at most 4398046511104 bytes/],
   // import
@@ -88,7 +88,7 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['export', 'vm@nope', path.join(directory, 'out')], /no snapshot "nope"/],
   [['export', 'nope@now', path.join(directory, 'out')], /no VDI named "nope"/],
   [['export', 'vm@now:', path.join(directory, 'out')], /NAME@now:LABEL/],
-  [['export', 'old', path.join(directory, 'out')], /snapshots only/],
+  [['export', 'old', path.join(directory, 'out')], /only snapshots/],
   [['export', 'vm', directory], /is a directory; give a file's name/],
   [['export', 'vm', SMALL], /small\.img exists; --force replaces it/],
   [['export', 'vm', path.join(directory, 'no', 'out')], /\/no does not exist; create it, or mount/],
@@ -128,7 +128,7 @@ const USAGE: readonly (readonly [readonly string[], RegExp])[] = [
   [['serve', '--create', 'disk:0'], /above zero/],
   [['serve', '--default', ''], /VDI name "": must not be empty/],
   [['serve', '--default', 'a@'], /a tag must follow the @/],
-  [['serve', '--default', 'a/b'], /"b" is none; there is since=TAG/],
+  [['serve', '--default', 'a/b'], /"b" after the slash is not an option; there are since=TAG/],
   [['serve', '--control-mode', '666'], /"666": give 600, or 660 for the daemon's group/],
   [['serve', '--socket-mode', '999'], /no file mode; give 600, 660 or 666/],
 ];

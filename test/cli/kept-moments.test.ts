@@ -120,7 +120,7 @@ test('a label that has ended never stands for another moment: after its time, a 
     const again = await restarted(daemon);
     for (const name of ['late', 'orderly', 'killed']) {
       await expect(attach(again, `disk@now:${name}`), name).rejects.toThrow(
-        /has ended .*begin anew with another label/,
+        /has ended .*start again with another label/,
       );
     }
     const fresh = await attach(again, `disk@now:fresh${again.child.pid}`);
@@ -143,7 +143,7 @@ for (const how of ['SIGKILL', 'SIGTERM'] as const) {
       await expect(asking.info('disk@now')).rejects.toThrow(/the daemon ended/);
       asking.destroy();
       await expect(attach(again, 'disk@now')).rejects.toThrow(
-        /disk@now of \S+, which process \d+ .* was reading, has ended \(the daemon ended\).*one image of two/,
+        /disk@now of \S+, which process \d+ .* was reading, has ended \(the daemon ended\).*two points in time in one image/,
       );
     }
     expect(again.log().match(/refused: disk@now/g)).toHaveLength(1);

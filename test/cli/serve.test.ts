@@ -164,7 +164,7 @@ test('a start that fails leaves no new store, and no new VDI in an existing stor
   const snapshotsOnly = await cli(['serve', '--listen', `unix:${socket}`, '--create', 'vm:1G', '--create', 'old:1G'], {
     store: there,
   });
-  expect(oneLineOf(snapshotsOnly, 1, 'serve')).toMatch(/"old" has snapshots only/);
+  expect(oneLineOf(snapshotsOnly, 1, 'serve')).toMatch(/"old" has only snapshots/);
   // It was closed properly: the log has no recovery.
   expect(await made.names()).toEqual(['old@s']);
 });

@@ -104,7 +104,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const refused = await cli(['backup', 'disk', '--to', path.join(roots, 'backup'), '--store', store]);
     expect(refused).toMatchObject({
       code: 1,
-      stderr: expect.stringContaining(`works as uid ${UID}, the owner of the store`) as string,
+      stderr: expect.stringContaining(`this command works as its owner, uid ${UID}`) as string,
     });
     const backups = path.join(directory, 'backups');
     fs.mkdirSync(backups);
@@ -270,7 +270,9 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     ]) {
       const refused = await cli(['migrate', ...args]);
       expect(oneLineOf(refused, 1, args.join(' '))).toMatch(
-        new RegExp(`as uid ${UID}, the owner of the store .* start the daemon of ${store}, which then has the store`),
+        new RegExp(
+          `is open, this command works as its owner, uid ${UID}.* start the daemon of ${store}, which then opens the store itself`,
+        ),
       );
     }
     await daemon.stop();
@@ -281,8 +283,8 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
     const fresh = path.join(directory, 'fresh');
     const refused = oneLineOf(await cli(['migrate', 'disk', '--from', store, '--to', fresh]), 1, 'migrate');
-    expect(refused).toContain(`${fresh} is not there yet and would belong to uid 0`);
-    expect(refused).toContain(`${store} belongs to uid ${UID}`);
+    expect(refused).toContain(`${fresh} does not exist and would belong to uid 0`);
+    expect(refused).toContain(`${store} to uid ${UID}`);
     expect(fs.existsSync(fresh)).toBe(false);
     execFileSync('sh', ['-c', /'(install [^']*)'/.exec(refused)?.[1] ?? 'false']);
     expect(await cli(['migrate', 'disk', '--from', store, '--to', fresh])).toMatchObject({ code: 0, stderr: '' });

@@ -379,7 +379,7 @@ test('a run whose VDI was rolled back meanwhile does not finish it, and reports 
   expect(await call('begin', body)).toMatch(/"unfinished":\{"by":"import"/);
   expect(await call('finish', { run: 'bb' })).toMatch(/UNFINISHED.*an import is at work on it/);
   await target.ok('vdi', 'rollback', 'vm@s');
-  expect(await call('finish', { run: 'aa' })).toMatch(/UNFINISHED.*has no mark of this command any more/);
+  expect(await call('finish', { run: 'aa' })).toMatch(/UNFINISHED.*no longer has the mark of this command/);
   expect(await call('begin', { ...body, by: 'somebody' })).toMatch(/\\"by\\" must be one of import, restore, migrate/);
   expect(await call('begin', { ...body, run: '../..' })).toMatch(/hex digits/);
   expectBytes((await cli(['export', 'vm', '-'], { store: target.store })).stdoutBytes, content);

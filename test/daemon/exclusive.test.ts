@@ -73,7 +73,7 @@ describe('a daemon', () => {
       const told = JSON.parse(await ok('nbdinfo', ['--json', uri])) as { exports: Record<string, unknown>[] };
       expect(told.exports[0]).toMatchObject({ is_read_only: true, can_multi_conn: false });
       const words = await run('qemu-io', ['-f', 'raw', '-c', 'quit', daemon.uri('disk/exclusive=refuse')]);
-      expect(words.stderr).toMatch(new RegExp(`disk is open for writing by ${ME}.*only one may write it`));
+      expect(words.stderr).toMatch(new RegExp(`disk is open for writing by ${ME}.*only one client may write it`));
       expect(daemon.log()).toContain('export \\"disk/exclusive=refuse\\" refused: disk is open for writing by');
 
       const id = await idOf('disk/exclusive');
@@ -188,7 +188,7 @@ describe('a daemon', () => {
       const second = await NbdClient.connect({ host: '127.0.0.1', port });
       const begun = performance.now();
       await expect(second.go('disk/exclusive=take-over')).rejects.toThrow(
-        /disk is open for writing by tcp 127\.0\.0\.1.*, which was asked, and is there/,
+        /disk is open for writing by tcp 127\.0\.0\.1.*, which still answers/,
       );
       expect(performance.now() - begun).toBeLessThan(PROMPT_MS);
       await first.write(0, Buffer.alloc(BLOCK, 4));
@@ -202,7 +202,7 @@ describe('a daemon', () => {
 test('serve --exclusive applies to all disks, and an unknown mode is an error', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:64M', '--exclusive', 'refuse'] });
   const first = await attach(daemon, 'disk');
-  await expect(attach(daemon, 'disk')).rejects.toThrow(/only one may write it/);
+  await expect(attach(daemon, 'disk')).rejects.toThrow(/only one client may write it/);
   // A command can read a disk that a client has exclusively.
   const image = path.join(temporaryDirectory(), 'disk.img');
   expect((await cli(['export', 'disk', image], { store: daemon.store })).code).toBe(0);
@@ -222,6 +222,6 @@ test('without a daemon there are no clients, and nothing to disconnect', async (
   expect(listed.stderr).toBe('sheepgate: note: no daemon serves this store, so it has no clients\n');
   expect(listed.stdout).toMatch(/^ID +EXPORT.*\n$/);
   expect(await target.json('client', 'list')).toEqual([]);
-  expect(await target.fails('client', 'disconnect', '1')).toMatch(/no daemon serves .*, so nobody is connected/);
+  expect(await target.fails('client', 'disconnect', '1')).toMatch(/no daemon serves .*, so no client is connected/);
   expect(await target.json('vdi', 'show', 'disk')).toMatchObject({ writers: [], twoWriters: null });
 });

@@ -50,7 +50,7 @@ test('a peer learns nothing about snapshots that it may not open, by contexts, o
   const byId = await refusalOf(ids.get('two') ?? '');
   expect(byId).toContain('or there is nothing with this id');
   expect(await refusalOf('@fffff')).toBe(byId);
-  await expect(client.go('disk@now/x')).rejects.toThrow('"x" is none; there is since=TAG');
+  await expect(client.go('disk@now/x')).rejects.toThrow('"x" after the slash is not an option; there are since=TAG');
 
   await client.go('disk@now/since=one');
   const { connections } = await new ControlClient(daemon.control).status();
@@ -70,5 +70,7 @@ test('a peer learns nothing about snapshots that it may not open, by contexts, o
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
   // The same without a daemon.
   expect((await cli(['export', '--force', ids.get('two') ?? '', image], { store })).code).toBe(0);
-  expect((await cli(['export', '--force', 'disk@one/rw', image], { store })).stderr).toContain('"rw" is none');
+  expect((await cli(['export', '--force', 'disk@one/rw', image], { store })).stderr).toContain(
+    '"rw" after the slash is not an option',
+  );
 });

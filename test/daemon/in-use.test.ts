@@ -11,8 +11,7 @@ import { attach, MIB, storeWith, WAYS, type TestStore } from '../cli/both-ways.j
 import { startStandIn, type TestCluster } from '../sheep/clusters.js';
 
 const SIZE = 8 * MIB;
-const IN_USE =
-  /is in use by process \d+ \(.+\), whose connection was cut off at \S+ and who may come back until \S+: it cannot be/;
+const IN_USE = /is in use by process \d+ \(.+\), which was cut off at \S+ and may come back until \S+: it cannot be/;
 
 const image = path.join(temporaryDirectory(), 'image');
 fs.writeFileSync(image, Buffer.alloc(SIZE, 7));
@@ -85,7 +84,9 @@ describe('a client that was cut off', () => {
     const target = storeWith(daemon.store, daemon);
     await target.ok('vdi', 'snapshot', 'disk', 'before');
     await lost(daemon, target);
-    expect(await target.fails('vdi', 'rollback', 'disk@before')).toMatch(/unless --force says that nobody will/);
+    expect(await target.fails('vdi', 'rollback', 'disk@before')).toMatch(
+      /unless --force says that no client will come back/,
+    );
     await target.ok('vdi', 'rollback', 'disk@before', '--force');
     expect(await target.ok('vdi', 'show', 'disk')).not.toMatch(/in use/);
     await lost(daemon, target);
@@ -241,7 +242,7 @@ describe('on a cluster', () => {
       env: { SHEEPGATE_STATE: state },
     });
     expect(daemon.log()).toMatch(/SHEEPGATE_STATE names another directory/);
-    await expect(attach(daemon, 'disk@now:run')).rejects.toThrow(/could not be remembered/);
+    await expect(attach(daemon, 'disk@now:run')).rejects.toThrow(/because used labels cannot be stored here/);
     const plain = await attach(daemon, 'disk@now');
     await plain.disconnect();
   });

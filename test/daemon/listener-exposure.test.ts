@@ -57,7 +57,7 @@ test('by default serve listens on a unix socket that only this user can connect 
 test('TCP is served on request, with a warning on the terminal and in the log', async () => {
   const daemon = await serving({}, '--listen', 'tcp:127.0.0.1:0');
   const warning =
-    /tcp:127\.0\.0\.1:\d+: every user of this machine can read and write every VDI there, for it has neither TLS/;
+    /tcp:127\.0\.0\.1:\d+: every user of this machine can read and write every VDI there, because it has neither TLS/;
   expect(daemon.out()).toMatch(new RegExp(`\\nnote: ${warning.source}`));
   const line = daemon
     .log()
@@ -97,7 +97,9 @@ test('the warning names the users who can connect if there is neither TLS nor an
   );
   const tls = { verifyPeer: true, certificates: '/c' };
   expect(exposureOf(everywhere, { tls: { mode: 'off', ...tls } })).toMatch(/neither TLS nor/);
-  expect(exposureOf(everywhere, { tls: { mode: 'on', ...tls } })).toMatch(/its TLS may be left out \(--tls require\)/);
+  expect(exposureOf(everywhere, { tls: { mode: 'on', ...tls } })).toMatch(
+    /clients may connect without TLS \(unless --tls require is given\)/,
+  );
 });
 
 test('the socket unit listens where only the service’s group can connect', () => {

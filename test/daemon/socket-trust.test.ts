@@ -92,7 +92,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
     ]) {
       const refused = oneLineOf(await cli([...args, '--cluster', '127.0.0.1:1'], { env }), 1, args.join(' '));
       expect(refused).toMatch(
-        /nothing was sent to the control socket .*its directory belongs to uid 54321, who is neither/,
+        /nothing was sent to the control socket .*its directory belongs to uid 54321, which is neither/,
       );
     }
     // A daemon does not make its sockets there either.
@@ -130,7 +130,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
     expect(uidsAt(service, 0)).toEqual([0, ALICE]);
     expect(() => mustBeTrusted(trustedSocket(service, 1), ALICE, 1)).not.toThrow();
     expect(() => mustBeTrusted(trustedSocket(service, 1), MALLORY, 1)).toThrow(/uid 54321 listens there/);
-    expect(() => mustBeTrusted(trustedSocket(service, 1), undefined, 1)).toThrow(/does not say who listens/);
+    expect(() => mustBeTrusted(trustedSocket(service, 1), undefined, 1)).toThrow(/does not report which user listens/);
     // Below a directory of that user the owner of a directory proves nothing: only that user herself trusts it.
     const own = socketIn(directoryOf(ALICE, directoryOf(ALICE)), ALICE);
     expect(uidsAt(own, ALICE)).toEqual([0, ALICE]);

@@ -230,7 +230,7 @@ describe('a cluster', () => {
     const resumed = new Promise<void>((resolve) => (goOn = resolve));
     cluster.fault = ({ opcode }) => (opcode === Op.CREATE ? { until: resumed } : undefined);
     const writing = run('qemu-io', ['-f', 'raw', '-c', 'write 0 4k', daemon.uri('vm1')]);
-    const waits = await toldOf(daemon, 'vm1: a request waits for 5 s for the cluster: 127.0.0.1:');
+    const waits = await toldOf(daemon, 'vm1: a request waits for the cluster for 5 s: 127.0.0.1:');
     expect(waits).toMatchObject({ level: WARNING, disk: 'vm1', requests: 1 });
     expect(waits.msg).toMatch(/:\d+ has not answered$/);
     goOn();

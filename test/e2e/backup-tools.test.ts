@@ -146,8 +146,8 @@ print(json.dumps([bitmaps, ranges]))`;
   // An export that cannot be opened says why, and a base is kept as long as a client compares with it.
   for (const [name, words] of [
     ['disk@now/since=nothing', 'has no snapshot "nothing"'],
-    ['disk/since=now', 'needs a snapshot that stays'],
-    ['disk/alone', '"alone" is none; there is since=TAG'],
+    ['disk/since=now', 'needs a permanent snapshot'],
+    ['disk/alone', '"alone" after the slash is not an option; there are since=TAG'],
   ] as const) {
     const refused = await nbdsh(['-u', daemon.uri(name), '-c', 'pass']);
     expect(refused.code, name).not.toBe(0);

@@ -140,7 +140,7 @@ describe('one connection writes', () => {
     await expect(reader.write(0, block)).rejects.toThrow(/EPERM|read-only/i);
     // Repeated lines are dropped by the daemon, not here.
     expect([...new Set(log)].filter((line) => line.includes('disk is read-only for'))).toEqual([
-      `disk is read-only for process ${NO_PROCESS + 2} (client2): only one may write it, and process ${NO_PROCESS + 1} (client1) has it open for that`,
+      `disk is read-only for process ${NO_PROCESS + 2} (client2): only one client may write it, and process ${NO_PROCESS + 1} (client1) has it open for writing`,
     ]);
     expect(holders()).toEqual([`process ${NO_PROCESS + 1} (client1) alone`]);
     // At once: the server may see its socket closed later than the client.
@@ -160,7 +160,7 @@ describe('one connection writes', () => {
     expect(await mayDo('disk', gone(2))).toBe('writes, as one of several');
     expect(await mayDo('disk/exclusive', gone(3))).toBe('reads');
     await expect(connect('disk/exclusive=refuse', gone(3))).rejects.toThrow(
-      /disk is open for writing by process \d+ \(client1\), and by 1 more, and only one may write it/,
+      /disk is open for writing by process \d+ \(client1\), and by 1 more, and only one client may write it/,
     );
     for (const client of clients.splice(0)) await client.disconnect();
     const owner = await connect('disk/exclusive=refuse', gone(4));
@@ -190,7 +190,7 @@ describe('one connection writes', () => {
     access = 'exclusive';
     expect(await mayDo('disk', gone(3))).toBe('writes');
     for (const name of ['disk@monday/exclusive', 'disk@now/exclusive', '@1/exclusive']) {
-      await expect(connect(name), name).rejects.toThrow(/exclusive is for a VDI that is written/);
+      await expect(connect(name), name).rejects.toThrow(/exclusive needs a VDI that can be written/);
     }
   });
 
@@ -382,7 +382,7 @@ describe('taking over', () => {
   test('from a reachable client is refused, and that client continues', async () => {
     await serve({ exclusive: 'take-over' });
     const first = await connect('disk', ME);
-    await expect(connect('disk', gone(2))).rejects.toThrow(/by process \d+ \(me\), which was asked, and is there/);
+    await expect(connect('disk', gone(2))).rejects.toThrow(/by process \d+ \(me\), which still answers/);
     await first.write(0, Buffer.alloc(BLOCK, 3));
     expect(await byteAt(0)).toBe(3);
     // Of several clients that take over from one that is gone at the same time, one gets the disk.

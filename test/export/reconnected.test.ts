@@ -271,7 +271,7 @@ test('creating a disk to which a client may come back is refused, and the error 
   catalog.inUse.end(use, { isOver: false, hadErrors: false, hasWritten: true, span });
   const forceHint = "'sheepgate vdi create new 8M --force'";
   await expect(catalog.create('new', SIZE, { forceHint })).rejects.toThrow(
-    /cannot be made anew, unless 'sheepgate vdi create new 8M --force' says that nobody will/,
+    /cannot be created again, unless 'sheepgate vdi create new 8M --force' says that no client will come back/,
   );
 });
 

@@ -74,10 +74,10 @@ for (const spec of ['disk@now', 'disk@now:run']) {
     await write(2);
     fs.rmdirSync(path.join(directory, 'scratch'));
     // Without the file's name, which is for the log.
-    await expect(read(device)).rejects.toThrow(/is lost, because what disk overwrites could not be kept aside; [^/]*$/);
+    await expect(read(device)).rejects.toThrow(/is lost: data that was overwritten in disk could not be kept; [^/]*$/);
     // As nbdkit's retry filter does.
     await device.close('disconnect');
-    await expect(open(spec)).rejects.toThrow(/has ended \(disk@now\S* is lost, because[^/]*$/);
+    await expect(open(spec)).rejects.toThrow(/has ended \(disk@now\S* is lost: data[^/]*$/);
     expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
   });
 
@@ -106,7 +106,7 @@ test('on a full disk a kept snapshot gives way to a writer, and its client gets 
   await vdi.write(0, Buffer.alloc(BLOCK, 3), true);
   await catalog.release(vdi);
   await vi.waitFor(async () => expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']), 10_000);
-  await expect(open('disk@now:run')).rejects.toThrow(/has ended \(disk@now:run is lost, because/);
+  await expect(open('disk@now:run')).rejects.toThrow(/has ended \(disk@now:run is lost: data/);
 });
 
 test('if a store cannot remember clients, NAME@now is refused at once, and disks are served all the same', async () => {
@@ -116,7 +116,9 @@ test('if a store cannot remember clients, NAME@now is refused at once, and disks
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
   const guest = await open('disk');
   expect(await read(guest)).toBe(1);
-  expect(lines.join('\n')).toMatch(/disk is open by process \d+ \(.+\), which is forgotten if this process is killed/);
+  expect(lines.join('\n')).toMatch(
+    /disk is open by process \d+ \(.+\), but this cannot be stored, and is forgotten if this process is killed/,
+  );
   await guest.close('lost');
   await expect(catalog.remove('disk')).rejects.toThrow(/is in use by/);
   full.off();
@@ -301,7 +303,7 @@ test('in a copy of a store, clients of the process that serves the original coun
     state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: timestampNow(), server });
     const ended = new EndedSnapshots(factsIn(state), 1000);
     expect(() => ended.checkLabel('disk', 'now:run')).toThrow(
-      isShared ? /another daemon has it open/ : /has ended \(the daemon ended\)/,
+      isShared ? /another daemon has opened it/ : /has ended \(the daemon ended\)/,
     );
   }
   child.kill('SIGKILL');
@@ -355,7 +357,9 @@ test('a base is held as long as a snapshot that was compared with it is kept; a 
     await expect(catalog.remove('disk@monday'), spec).rejects.toThrow(/is in use by process/);
     await catalog.remove('disk@monday', { force: true });
     await catalog.snapshot('disk', 'monday');
-    await expect(open(spec), spec).rejects.toThrow(/disk@monday was taken anew since disk@now\S* was compared with it/);
+    await expect(open(spec), spec).rejects.toThrow(
+      /disk@monday is another snapshot now than the one that disk@now\S* was compared with/,
+    );
     // Without the base it still reads the same.
     const back = await open(spec.replace('/since=monday', ''));
     await back.close('disconnect');
@@ -415,9 +419,9 @@ test('creating a VDI again ends the kept snapshots of the old one', async () => 
   const beginning = { by: 'import', of: '', run: 'a1', size: SIZE, overwrites: false, goesOn: false } as const;
   await catalog.begin('disk', beginning);
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
-  expect(lines.join('\n')).toMatch(/ended disk@now:run, which was kept for process .*: disk was made anew/);
+  expect(lines.join('\n')).toMatch(/dropped disk@now:run, kept for process .*: disk was created again/);
   await catalog.finish('disk', 'a1');
-  await expect(open('disk@now:run')).rejects.toThrow(/has ended \(disk was made anew\)/);
+  await expect(open('disk@now:run')).rejects.toThrow(/has ended \(disk was created again\)/);
 });
 
 class FakeState implements StoreState {
@@ -456,7 +460,7 @@ test('the oldest labels that ended in order make room; labels that clients may a
     await ended.useLabel('disk', `now:lost${n}`);
     ended.labelEnded('disk', `now:lost${n}`, 'its client was cut off', false);
   }
-  await expect(ended.useLabel('disk', 'now:more')).rejects.toThrow(/no more can be remembered/);
+  await expect(ended.useLabel('disk', 'now:more')).rejects.toThrow(/no more can be/);
   expect(() => ended.checkLabel('disk', 'now:lost0')).toThrow(/has ended/);
   await ended.useLabel('other', 'now:more');
 });

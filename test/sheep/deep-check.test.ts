@@ -257,7 +257,7 @@ describe('check --deep (stand-in)', () => {
     };
     expect((await checking).problems).toEqual([]);
     expect(notes).toEqual([
-      expect.stringMatching(/^nodes recover \(9 of 27 objects\): copies are compared when they have/),
+      expect.stringMatching(/^nodes recover \(9 of 27 objects\): the check waits until they have finished/),
       'the nodes have recovered',
     ]);
   });

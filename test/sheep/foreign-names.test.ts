@@ -121,7 +121,7 @@ test('a snapshot that another tool gave the tag of a temporary one is kept, and 
     await catalog.dropTemporary('vm3', tag);
     expect(await look(`vm3@${tag}`)).toMatchObject({ byte: 3, name: `vm3@${tag}` });
     await expect(catalog.remove(`vm3@${tag}`)).rejects.toThrow(
-      /has no temporary snapshot "now\S*"; the one that another tool has given this tag is @[0-9a-f]+$/,
+      /has no temporary snapshot "now\S*"; another tool has given this tag to @[0-9a-f]+$/,
     );
   }
   const listed = [...(await exports.list(PEER))].map(({ name }) => name).filter((name) => /^@[0-9a-f]|^vm3/.test(name));

@@ -80,7 +80,7 @@ describe('a hyper volume', () => {
     }
     await catalog.release(vdi);
     for (const refused of [() => catalog.snapshot('hyper', 'a'), () => catalog.snapshotTemporary('hyper', 'now')]) {
-      await expect(refused()).rejects.toThrow(/hyper volume .* not snapshotted/);
+      await expect(refused()).rejects.toThrow(/hyper volume .* cannot be snapshotted/);
     }
     expect(await catalog.show('hyper')).toMatchObject({ allocatedBytes: 3 * OBJECT });
     expect((await catalog.check({ repair: false })).problems).toEqual([]);

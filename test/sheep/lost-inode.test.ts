@@ -80,7 +80,7 @@ describe.each([
     await zeros.close();
 
     await expect(catalog.find('c')).rejects.toThrow(
-      new RegExp(`id ${id} cannot be read: .*; what there is of it: c@m`),
+      new RegExp(`id ${id} in .* cannot be read: .*; these can be read: c@m`),
     );
     await expect(catalog.find(`@${id}`)).rejects.toMatchObject({ code: 'DAMAGED' });
     await expect(catalog.find('nobody')).rejects.toMatchObject({ code: 'NO_VDI' });
@@ -103,7 +103,7 @@ test('on a cluster that does not reuse vids, everything else works', async () =>
 test('the name of a VDI that is lost cannot be used for a new one, and the error says why', async () => {
   await startWith({});
   cluster.loseInode((await catalog.find('a')).vid);
-  await expect(catalog.create('a', OBJECT, SHIFT)).rejects.toThrow(/nodes look for a name in the inodes/);
+  await expect(catalog.create('a', OBJECT, SHIFT)).rejects.toThrow(/to find a name, nodes read the inodes/);
   await expect(catalog.find('a')).rejects.toMatchObject({ code: 'NO_VDI' });
 });
 

@@ -106,7 +106,7 @@ for (const { label, start, skip } of clusters) {
       expect((await client.go('vm')).readOnly).toBe(true);
       await expect(client.write(0, Buffer.alloc(512))).rejects.toThrow(/EPERM|read-only/i);
       await client.disconnect();
-      const why = /with zeros in place of what it has lost, and therefore only to be read/;
+      const why = /with zeros in place of lost objects, and therefore read-only/;
       for (const args of [
         ['vdi', 'snapshot', 'vm', 'b'],
         ['vdi', 'create', 'new', '1M'],

@@ -297,7 +297,9 @@ describe('names and tags on the stand-in', () => {
     for (const tag of ['1', '20']) {
       for (const spec of [`v@${tag}`]) {
         for (const act of [() => catalog.remove(spec), () => catalog.rollback(spec), () => opened.look(spec)])
-          await expect(act()).rejects.toThrow(/is not clear: several snapshots have this tag or number; say by its ID/);
+          await expect(act()).rejects.toThrow(
+            /is ambiguous, because several snapshots have this tag or number; give the ID/,
+          );
       }
     }
     await expect(catalog.find('v@20')).rejects.toThrow(
@@ -376,7 +378,9 @@ describe('names and tags on the stand-in', () => {
       if (opcode === Op.DEL_VDI) inode.writeUInt32LE(vid, 4664);
       return undefined;
     };
-    await expect(opened.catalog.remove('v')).rejects.toThrow(/v is not quite deleted: somebody else writes to it/);
+    await expect(opened.catalog.remove('v')).rejects.toThrow(
+      /v is only half deleted, because another client writes to it/,
+    );
   });
 
   needs('nbdinfo')(

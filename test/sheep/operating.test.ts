@@ -204,7 +204,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
       const { locks } = await operations.locks();
       expect(locks).toMatchObject([{ spec: 'vm', holders: [{ node: node(3), isMember: false }] }]);
       await expect(operations.unlock('vm')).rejects.toThrow(
-        'no member any more, but the client that asked it for the lock may be writing through another node',
+        'no longer a member, but the client that asked it for the lock may be writing through another node',
       );
       await operations.unlock('vm', { heldBy: node(3) });
       expect(cluster.state.locked.size).toBe(0);
@@ -456,7 +456,7 @@ describe('the state of a cluster', () => {
 
     await cluster.stopNode(1);
     await cluster.stopNode(2);
-    expect(await target.fails('node', 'list')).toContain('no node says how the cluster is');
+    expect(await target.fails('node', 'list')).toContain('no node reports the state of the cluster');
   });
 
   test('is shown as soon as one of the named nodes answers, however many do not', async () => {
@@ -468,7 +468,7 @@ describe('the state of a cluster', () => {
     expect(nodes.map(({ state }) => state)).toEqual(['silent', 'silent', 'ok']);
     cluster.fault = () => ({ until: new Promise(() => undefined) });
     await expect(readClusterReport(cluster.address, { answerMs: 300 })).rejects.toThrow(
-      /no node says how the cluster is: .*; .*; .*answers nothing/,
+      /no node reports the state of the cluster: .*; .*; .*answers nothing/,
     );
     expect(performance.now() - startedAt).toBeLessThan(2_700);
   });

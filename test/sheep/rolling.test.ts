@@ -227,7 +227,7 @@ async function round(cluster: RealNodes): Promise<Record<string, Outcome>> {
   const log = (line: string): void => {
     const [disk = ''] = line.split(':');
     // Rewriting may begin several times before it is done.
-    if (line.includes('making the parity')) renewing.add(disk);
+    if (line.includes('rebuilding the parity')) renewing.add(disk);
     if (line.includes('all parity is new')) renewing.delete(disk);
     if (IS_VERBOSE) console.log(new Date().toISOString(), line);
   };

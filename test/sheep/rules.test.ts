@@ -632,7 +632,7 @@ describe('the catalog', () => {
   });
 
   test('a working VDI is not cloned: its writer would find it read-only', async () => {
-    await expect(Promise.resolve(store.catalog.clone(vdi.record.vid, 'copy'))).rejects.toThrow(/no snapshot/);
+    await expect(Promise.resolve(store.catalog.clone(vdi.record.vid, 'copy'))).rejects.toThrow(/is not a snapshot/);
     await vdi.write(0, Buffer.alloc(10, 1), false);
   });
 

@@ -37,10 +37,10 @@ describe('lines', () => {
       ['vm2', { since: 4 * SECOND, why: 'n2 has not answered' }],
     ]);
     expect(told.slice(0, 4)).toEqual([
-      'vm1: 2 requests wait, the oldest for 5 s for the cluster: n1 has not answered',
-      'vm2: a request waits for 1 s for the cluster: n2 has not answered',
-      'vm1: 2 requests wait, the oldest for 15 s for the cluster: n1 has not answered',
-      'vm2: a request waits for 11 s for the cluster: n2 has not answered',
+      'vm1: 2 requests wait for the cluster, the oldest for 5 s: n1 has not answered',
+      'vm2: a request waits for the cluster for 1 s: n2 has not answered',
+      'vm1: 2 requests wait for the cluster, the oldest for 15 s: n1 has not answered',
+      'vm2: a request waits for the cluster for 11 s: n2 has not answered',
     ]);
     expect(told.length).toBeGreaterThan(2 * 12);
     expect(told.length).toBeLessThan(2 * 20);
@@ -108,7 +108,7 @@ describe('requests', () => {
     cluster.fault = () => ({ until: resumed });
     const asked = Promise.resolve(ask(vdi));
     expect(await told(/^disk: a request waits/)).toMatch(
-      /^disk: a request waits for \d s for the cluster: 127\.0\.0\.1:\d+ has not answered/,
+      /^disk: a request waits for the cluster for \d s: 127\.0\.0\.1:\d+ has not answered/,
     );
     cluster.fault = () => undefined;
     goOn();
@@ -159,7 +159,7 @@ describe('requests', () => {
     cluster.fault = ({ node }) => (node === 0 ? { until: resumed } : undefined);
     const writing = Promise.resolve(vdi.write(0, Buffer.alloc(4096, 2), false));
     expect(await told(/^disk: a request waits/)).toMatch(
-      /^disk: .*127\.0\.0\.1:\d+ did not answer in time, and may still carry out what it was asked/,
+      /^disk: .*127\.0\.0\.1:\d+ did not answer in time, and may still carry out the request/,
     );
     goOn();
     await writing;

@@ -277,7 +277,7 @@ test('without room for before-images the snapshot is lost, which is logged, and 
   fs.mkdirSync(path.join(directory, 'scratch'));
   await vdi.write(0, Buffer.alloc(BLOCK, 2), true);
   fs.rmdirSync(path.join(directory, 'scratch'));
-  await expect(readAll('disk@now')).rejects.toThrow(/disk@now is lost, because what disk overwrites/);
+  await expect(readAll('disk@now')).rejects.toThrow(/disk@now is lost: data that was overwritten in disk/);
   expect(lines.join('\n')).toMatch(/disk@now is lost/);
   const data = Buffer.alloc(BLOCK);
   await vdi.read(0, data);

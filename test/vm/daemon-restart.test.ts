@@ -91,7 +91,7 @@ for n in 0 1; do
 done
 dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting' > /tmp/errors && fail $(cat /tmp/errors)
 
-# how it ends: asked to, asked to while in use, and because somebody else has detached the device
+# how it ends: asked to, asked to while in use, and because another program has detached the device
 kill $(cat /run/nbd-attach.nbd0.pid)
 said 'nbd0: detached'
 [ -e /sys/block/nbd0/pid ] && fail nbd0 is still attached
@@ -104,7 +104,7 @@ nbd-client -d /dev/nbd1 > /dev/null
 # One that has become smaller is not taken, and is again once it has its size back.
 attach 10.0.2.2:${port} small /dev/nbd1
 say SMALL
-said "nbd1: 'small' has become smaller, ${SIZE / 2} bytes and not ${SIZE}; not taken"
+said "nbd1: 'small' has become smaller, ${SIZE / 2} bytes instead of ${SIZE}, and is not used"
 say SMALLER
 wait_for whole
 said 'nbd1: connected again'
@@ -123,12 +123,12 @@ said "nbd1: has grown to ${GROWN} bytes"
 dd if=/dev/urandom of=/dev/nbd1 bs=1M seek=${SIZE / MIB} count=8 oflag=direct 2>/tmp/dd.small || fail writing behind the old end: $(cat /tmp/dd.small)
 [ "$(cat /run/nbd-attach.nbd1.pid)" -gt 0 ] || fail the file with the number of the process is gone
 nbd-client -d /dev/nbd1 > /dev/null
-said 'nbd1: was detached by somebody else'
+said 'nbd1: was detached by another program'
 : > /tmp/attach
 attach -r 10.0.2.2:${port} one /dev/nbd1
 [ "$(cat /sys/block/nbd1/ro)" = 1 ] || fail the device is not read-only
 nbd-client -d /dev/nbd1 > /dev/null
-said 'nbd1: was detached by somebody else'
+said 'nbd1: was detached by another program'
 say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 `;
 

@@ -254,7 +254,7 @@ export class OptionPhase {
   }
 }
 
-/** Whether an option was accepted; false if the server refused it and the connection goes on. */
+/** Whether an option was accepted; false if the server refused it and the connection continues. */
 async function unlessRefused(option: Promise<unknown>): Promise<boolean> {
   try {
     await option;

@@ -58,7 +58,7 @@ export class ClientExport {
     this.countedAs = undefined;
   }
 
-  /** The connection of `peer` is over, or goes on as another peer under TLS. */
+  /** The connection of `peer` is over, or continues as another peer under TLS. */
   left(peer: Peer): void {
     this.refused = undefined;
     try {

@@ -42,8 +42,7 @@ export class HandOver {
   /**
    * `take` is called with the socket, which nobody reads or writes any more, and the state, once the requests in flight are
    * answered. When `take` returns the connection is over. If `take` throws, or `signal` is aborted before, the connection
-   * goes on as before.
-   * Errors: HandOverError; what `take` throws.
+   * continues as before. Errors: HandOverError; what `take` throws.
    */
   async run<T>(take: TakeConnection<T>, signal: AbortSignal | undefined): Promise<T> {
     // Not at once: this may be called from inside a request.

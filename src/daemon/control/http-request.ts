@@ -35,7 +35,7 @@ export async function readBody(request: http.IncomingMessage): Promise<Body> {
       chunks.push(chunk);
     }
   } catch (error) {
-    // Its client has left, and does not read the answer either.
+    // The client has left, and will not read the answer.
     throw badRequest(`the body ended early: ${(error as Error).message}`);
   }
   if (length > MAX_REQUEST_BODY_BYTES) throw badRequest(`the body is longer than ${MAX_REQUEST_BODY_BYTES} bytes`);

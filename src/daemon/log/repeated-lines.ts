@@ -4,7 +4,7 @@
  * each one is written or counted in the end; callers own the text. Memory and output are bounded whatever clients do.
  */
 
-/** Between two lines about one cause; doubled each time while the cause goes on. */
+/** Between two lines about one cause; doubled each time while the cause lasts. */
 export const FIRST_INTERVAL_MS = 10_000;
 export const LONGEST_INTERVAL_MS = 10 * 60_000;
 /** Per subject; further causes are counted together. */

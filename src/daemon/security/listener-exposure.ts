@@ -10,7 +10,10 @@ import type { SecurityConfiguration } from './security.js';
 const WRITTEN_BY_ALL = 0o002;
 const ENTERED_BY_ALL = 0o001;
 
-/** The warning for an address where others can read and write every VDI; undefined if nobody else can reach it, or is kept out. */
+/**
+ * The warning for an address where others can read and write every VDI; undefined if no others can reach it, or they are kept
+ * out.
+ */
 export function exposureOf(address: ListenAddress, security: SecurityConfiguration = {}): string | undefined {
   if (security.access !== undefined) return undefined;
   const who = othersAt(address);
@@ -18,10 +21,10 @@ export function exposureOf(address: ListenAddress, security: SecurityConfigurati
   const reach = `${formatListenAddress(address)}: ${who} can read and write every VDI there`;
   const { tls } = security;
   if (tls?.mode === 'on') {
-    return `${reach}: its TLS may be left out (--tls require), and there is no access file (docs/access.md, docs/tls.md)`;
+    return `${reach}: clients may connect without TLS (unless --tls require is given), and there is no access file (docs/access.md, docs/tls.md)`;
   }
   if (tls?.mode !== 'require') {
-    return `${reach}, for it has neither TLS nor an access file (docs/access.md, docs/tls.md)`;
+    return `${reach}, because it has neither TLS nor an access file (docs/access.md, docs/tls.md)`;
   }
   // With certificates and pre-shared keys, a client needs neither of them unless --tls-verify-peer is given.
   const provesClients = tls.verifyPeer || tls.certificates === undefined;

@@ -83,7 +83,7 @@ export class Security {
         if (await load()) reloaded.push(what);
       } catch (error) {
         failures.push((error as Error).message);
-        this.#log.error({ reason: (error as Error).message }, `${what} not reloaded, the old stay in force`);
+        this.#log.error({ reason: (error as Error).message }, `${what} not reloaded, the old ones stay in force`);
       }
     };
     await attempt('TLS keys', async () => (this.#tls = await this.#loadTls(warnings)) !== undefined);

@@ -1,6 +1,6 @@
 /**
- * The blocks of a disk, copied into the file of a new backup: all of them into an image, or what has changed into an
- * increment; and read back from there. Owns which blocks are read, and what of a block is written.
+ * The blocks of a disk, copied into the file of a new backup: all of them into an image, or what has changed into an increment;
+ * and read back from there. Owns which blocks are read, and which parts of a block are written.
  */
 import type { Disk, Operations } from '../../operations/operations.js';
 import { runsOf } from '../buffer-runs.js';

@@ -1,6 +1,6 @@
 /**
- * How the oldest backup of a chain is dropped: the increment after it is written into the image below it. Owns that damage of
- * the increment is found before it reaches the image, on which the later backups stand.
+ * How the oldest backup of a chain is dropped: the increment after it is written into the image below it. Guarantees that damage
+ * of the increment is found before it reaches the image, which all later backups need.
  */
 import type { HostDisk } from '../../system/disk.js';
 import type { OpenFile } from '../../system/open-file.js';

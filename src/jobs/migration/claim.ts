@@ -65,9 +65,9 @@ async function isUntouched(target: Operations, working: VdiRecord | undefined, l
 }
 
 /**
- * As long as the snapshot between two runs exists, no run has written since it was taken: any change was made by somebody else,
+ * As long as the snapshot between two runs exists, no run has written since it was taken: any change was made by another client,
  * even if an interrupted run has set its unfinished mark already. Errors: CHANGED (the target is not as the last run left it; its
- * mark is removed, so that whoever wrote it can use it).
+ * mark is removed, so that the client that wrote it can use it).
  */
 async function checkGoesOn(migration: MigrationRun, history: History, isBetweenRuns: boolean): Promise<void> {
   const { target, options, run } = migration;

@@ -51,7 +51,7 @@ export async function withTwoStores<T>(
         explained(async () => {
           // The same cluster through two of its nodes, or the same directory under two names.
           if (first.identity === second.identity) throw same();
-          // By now this process may have an identity that the first store's daemon refuses: better to find that out now.
+          // This process may now have an identity that the first store's daemon refuses: better to find that out here.
           if (first.isDaemon && !second.isDaemon) await first.list();
           return isTargetFirst ? work(second, first) : work(first, second);
         }),

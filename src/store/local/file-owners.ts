@@ -1,6 +1,6 @@
 /**
- * The owners of a store's files. All files must belong to the owner of the directory; else that user's daemon cannot open
- * files that somebody else, usually root, has created. Reports only: nothing is chowned in a directory that another user controls.
+ * The owners of a store's files. All files must belong to the owner of the directory; else that user's daemon cannot open files
+ * that another user, usually root, has created. Reports only: nothing is chowned in a directory that another user controls.
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';

@@ -350,8 +350,8 @@ export class LocalCatalog implements Catalog {
 }
 
 /**
- * The record of `child` after its parent is removed: its parent is now the parent's parent. A working VDI that went on from the
- * removed snapshot gets the creation time back that it had before the snapshot.
+ * The record of `child` after its parent is removed: its parent is now the parent's parent. A working VDI that continued from the
+ * removed snapshot gets back the creation time that it had before the snapshot.
  */
 function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
   const { parentVid } = parent;

@@ -299,8 +299,8 @@ export class LocalVdi implements ObjectVdi {
   }
 
   /**
-   * The synchronous half of a snapshot: the VDI goes on as `record`; its content and map until now are the snapshot's. Returns the
-   * durable half, which runs once: when it is called, or before the next flush.
+   * The synchronous half of a snapshot: the VDI continues as `record`; its content and map until now are the snapshot's. Returns
+   * the durable half, which runs once: when it is called, or before the next flush.
    */
   moveTo(record: VdiRecord, snapshot: VdiRecord): () => Promise<void> {
     if (this.#pendingMove !== undefined) throw new Error('invariant: a snapshot before the last one is durable');

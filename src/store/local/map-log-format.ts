@@ -15,7 +15,7 @@ const MAGIC = 'sheepgate map log 2\n';
 export const VDI = 1;
 /** [idx, owner]: the map entry of idx is now `owner`. */
 export const OWNER = 2;
-/** [vid, 0]: a snapshot was taken, and the VDI goes on under this vid. */
+/** [vid, 0]: a snapshot was taken, and the VDI continues under this vid. */
 export const MOVED = 3;
 
 export interface Entry {

@@ -84,7 +84,7 @@ export class MapLog {
   }
 
   /**
-   * Log that a snapshot has taken the VDI's vid, and the VDI goes on under `vid`; flushes up to now belong to the snapshot. The
+   * Log that a snapshot has taken the VDI's vid, and the VDI continues under `vid`; flushes up to now belong to the snapshot. The
    * entry is in the file before all later entries.
    */
   moved(vid: number, generation: number): void {

@@ -159,7 +159,7 @@ export class ObjectFiles implements DataObjects {
     const name = this.#names.path(key);
     this.#names.expectLength(vidOf(key), size);
     let file: ObjectFile | undefined;
-    // Both descriptors at once, and before the thread: whoever has a file may wait for a thread, never the other way round.
+    // Both descriptors together, and before the thread: an operation that has a file may wait for a thread, never the reverse.
     let owed = from === undefined ? 1 : COPY_DESCRIPTORS;
     const taking = this.#cache.take(owed, who);
     if (taking) await taking;

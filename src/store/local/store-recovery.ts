@@ -122,7 +122,7 @@ function isFull(error: unknown): error is StoreError {
   return error instanceof StoreError && error.code === 'NO_SPACE';
 }
 
-/** On a full disk the last session goes on, whose logs are gone: the store must open, so that something can be deleted. */
+/** On a full disk the last session continues, whose logs are gone: the store must open, so that something can be deleted. */
 async function begin(store: StoreInRecovery, kept: KeptObjects | undefined): Promise<void> {
   try {
     await store.metadata.begin(store.logs.session, kept);

@@ -119,7 +119,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
 
   /**
    * Called before a range of the working VDI's object is changed in place; the change may begin when this is done. Never fails:
-   * without room for the before-image the snapshot is lost, and the write goes on.
+   * without room for the before-image the snapshot is lost, and the write continues.
    */
   keep(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
     // An object made since the snapshot, or another VDI's, is not in this map.
@@ -140,7 +140,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     const [from, to] = this.#blocksOf(idx, offset, into.length);
     if (this.#images.next(from, to, false) === to) return this.#readKept(idx, offset, into);
     const later = this.#host.objects.read(owner, idx, offset, into, this);
-    // Blocks that are kept by now may have been overwritten before the read: kept data replaces them. All others were read in time.
+    // Blocks that are kept now may have been overwritten before the read: kept data replaces them. All others were read in time.
     if (later === undefined) return this.#readKept(idx, offset, into);
     return later.then(() => this.#readKept(idx, offset, into));
   }
@@ -284,10 +284,10 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
   #giveUp(cause: unknown): void {
     if (this.#isDropped || this.#failure !== undefined) return;
     const { name, tag } = this.record;
-    const forClients = `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`;
+    const forClients = `${name}@${tag} is lost: data that was overwritten in ${name} could not be kept; start again with another one`;
     const { code, message, cause: first } = asStoreError(cause, forClients);
     this.#failure = new StoreError(code, message, { cause: first, forClients });
-    // A part of the before-images is of no use.
+    // An incomplete set of before-images is useless.
     this.#images.close();
     this.#host.backgroundError(this.#failure);
   }

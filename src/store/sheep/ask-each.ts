@@ -1,12 +1,12 @@
 /**
- * One request to each of several nodes, for what each must say of itself. A node that has not answered the request before is
- * not waited for again until it has. Owns that rule; connections are the pool's.
+ * Sends each of several nodes a request of its own, about what only that node knows. While a node still owes an earlier answer,
+ * it is not waited for. Owns that rule; connections are the pool's.
  */
 import { StoreError } from '../store-error.js';
 import { ConnectionLost, type Answer, type NodeConnection, type WireRequest } from './connection.js';
 import { NODE_REST_MS, type PoolNode } from './pool-node.js';
 
-/** A node that takes longer counts as one that does not answer, until it does. */
+/** A node that takes longer counts as silent until it answers. */
 const LATE_MS = 2_000;
 const LATE = Symbol('late');
 

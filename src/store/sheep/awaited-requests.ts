@@ -24,7 +24,7 @@ export class AwaitedRequests {
   readonly #repeated = new Set<Repeated>();
   readonly #objects = new Set<Waiter & { readonly disk: string }>();
   readonly #checking: NodeJS.Timeout | undefined;
-  /** Of which disk an object is, by the halves of its oid. */
+  /** The disk that an object belongs to, by the halves of its oid. */
   diskOf: (high: number, low: number) => string | undefined = () => undefined;
 
   /** `waitingMs`: how long a request must have waited for the log to say so. Without a log nothing is looked at. */

@@ -69,7 +69,7 @@ export async function mayGoByName(
   if (found === vid || isReadOnly || !(await isUnchanged(cluster, inode))) {
     throw new StoreError(
       'IO',
-      `somebody else is taking a snapshot of ${name} at this moment; nothing was done, try again`,
+      `another client is taking a snapshot of ${name} at this moment; nothing was done, try again`,
     );
   }
   if (recyclesVids) return false;
@@ -107,7 +107,7 @@ export async function nameToDelete(cluster: ClusterClient, inode: Inode, recycle
   if (!(await isUnchanged(cluster, inode))) {
     throw new StoreError(
       'IO',
-      `somebody else is changing ${inode.name} at this moment; nothing was deleted, try again`,
+      `another client is changing ${inode.name} at this moment; nothing was deleted, try again`,
     );
   }
   const name = `${DELETED_PREFIX}${inode.vid.toString(16)}`;
@@ -128,7 +128,7 @@ export async function deleteByName(cluster: ClusterClient, inode: Inode): Promis
   const { vid, name, isSnapshot, snapId } = inode;
   // Clearing its table took time: another client may have taken a snapshot since.
   if (!(await isFoundByName(cluster, inode))) {
-    throw new StoreError('IO', `${name} (id ${vid.toString(16)}) was changed by somebody else while it was deleted`);
+    throw new StoreError('IO', `${name} (id ${vid.toString(16)}) was changed by another client while it was deleted`);
   }
   const deleted = await cluster.deleteVdi(name, isSnapshot ? snapId : 0);
   if (deleted === vid || deleted === 0) {
@@ -138,8 +138,8 @@ export async function deleteByName(cluster: ClusterClient, inode: Inode): Promis
   }
   throw new StoreError(
     'IO',
-    `${name} (id ${vid.toString(16)}) was changed by somebody else while it was deleted: the nodes have taken ` +
-      `${deleted.toString(16)} for it`,
+    `${name} (id ${vid.toString(16)}) was changed by another client while it was deleted: the nodes have deleted the ` +
+      `id ${deleted.toString(16)} in its place`,
   );
 }
 
@@ -151,7 +151,7 @@ function hitsAnother({ vid, name }: Inode, found: number, done: string): StoreEr
   const instead = found === 0 ? 'nothing' : `the id ${found.toString(16)}`;
   return new StoreError(
     'IO',
-    `${name} cannot be ${done}, and nothing was done: the nodes find ${instead} under this name and not it, which has the id ` +
-      `${vid.toString(16)}; 'vdi list' shows what has which`,
+    `${name} (id ${vid.toString(16)}) cannot be ${done}, and nothing was done: under this name the nodes find ${instead}; ` +
+      "'sheepgate vdi list' shows all ids",
   );
 }

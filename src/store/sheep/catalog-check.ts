@@ -19,9 +19,9 @@ const SECTOR_BYTES = 512;
 export function cannotRepair(): StoreError {
   return new StoreError(
     'UNSUPPORTED',
-    'nothing of a cluster is repaired from here: which of two copies is right, and what no table refers to, only its ' +
-      "nodes can tell ('dog vdi check NAME' makes copies whole again). Check without --repair lists what is lost; " +
-      "'serve --missing=zero' serves what is left",
+    'a cluster cannot be repaired from here: only its nodes can tell which of two copies is right, and which objects no ' +
+      "table refers to ('dog vdi check NAME' restores copies); check without --repair lists what is lost, and " +
+      "'serve --missing=zero' serves the rest",
   );
 }
 

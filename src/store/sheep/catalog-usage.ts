@@ -8,9 +8,9 @@ import type { ClusterClient } from './cluster-client.js';
 import { inTurns } from './table-scan.js';
 import { UsageCount } from './usage-count.js';
 
-/** Tables, of 4 MiB at most, that are held at a time to count what is in them. */
+/** Tables that are in memory at a time while their entries are counted. Each has 4 MiB at most. */
 const PARALLEL_TABLES = 16;
-/** Tables that are compared with one, of which nothing is held. */
+/** Tables that are read at a time to compare them with one table; nothing of them stays in memory. */
 const PARALLEL_READS = 64;
 
 /**

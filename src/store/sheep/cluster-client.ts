@@ -55,7 +55,7 @@ const CATALOG_ATTEMPT_MS = 120_000;
 /** Room in a request for the states of VDIs, deleted ones included: at first, and at most. */
 const FIRST_STATES = 512;
 const MAX_STATES = 2 ** 15;
-/** Looked up for the side effect alone; it need not exist. */
+/** Looked up only for the side effect; it need not exist. */
 const NOBODYS_NAME = 'sheepgate-nobody';
 
 export interface NewVdi {
@@ -129,7 +129,7 @@ export class ClusterClient extends ObjectClient {
     if (this.pool.version === '0.8') {
       throw new StoreError(
         'UNSUPPORTED',
-        `${inode.name} is a hyper volume, whose index Sheepdog 0.8 keeps in another way`,
+        `${inode.name} is a hyper volume, whose index has another format in Sheepdog 0.8`,
       );
     }
     return readOr('DAMAGED', () => readIndex(this.#reader, inode.vid, count));
@@ -205,7 +205,7 @@ export class ClusterClient extends ObjectClient {
   async lookup(name: string, snapId = 0): Promise<number> {
     const answer = await this.#lookUp(name, snapId);
     if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
-    // An inode is lost that the nodes read on the way; it may be another VDI's.
+    // An inode that the nodes read during the look-up is lost; it may be another VDI's.
     if (answer.result === Result.NO_OBJ) return lookupAround(this, name, snapId);
     return answeredVid(succeeded(answer, `looking up "${name}"`));
   }
@@ -259,7 +259,7 @@ export class ClusterClient extends ObjectClient {
     if (answer.result === Result.VDI_LOCKED) {
       throw new StoreError(
         'LOCKED',
-        `"${label}" is locked by somebody else in the cluster; 'sheepgate vdi lock list' shows through which node, and 'vdi lock unlock' ends a lock that was left behind`,
+        `"${label}" is locked by another client of the cluster; 'sheepgate vdi lock list' shows through which node, and 'vdi lock unlock' ends a lock that was left behind`,
       );
     }
     return answeredVid(succeeded(answer, `locking "${label}"`));

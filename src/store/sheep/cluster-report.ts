@@ -159,7 +159,10 @@ async function firstToAnswer(
     const { errors } = error as { errors: Error[] };
     const other = errors.find((each) => !(each instanceof ConnectionLost) && !(each instanceof StoreError));
     if (other) throw other;
-    throw new StoreError('IO', `no node says how the cluster is: ${errors.map(({ message }) => message).join('; ')}`);
+    throw new StoreError(
+      'IO',
+      `no node reports the state of the cluster: ${errors.map(({ message }) => message).join('; ')}`,
+    );
   } finally {
     for (const connection of connections) if (connection !== chosen) connection.destroy();
   }

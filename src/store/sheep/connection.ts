@@ -219,7 +219,7 @@ export class NodeConnection {
 
   /**
    * Sends the request and waits for the answer, whatever its result. If the answer is late, the connection is closed: only then
-   * can a late answer not be received into a buffer that has another use by now. Errors: ConnectionLost.
+   * can a late answer not be received into a buffer that has another use meanwhile. Errors: ConnectionLost.
    */
   send(request: WireRequest, timeoutMs: number): Promise<Answer> {
     return new Promise((resolve, reject) => {
@@ -378,7 +378,7 @@ export class NodeConnection {
     const length = responseLength(bytes, at);
     const pending = this.#pending.get(id);
     if (!pending || length > MAX_PAYLOAD_BYTES) {
-      this.#lose(new NotSheepdog(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
+      this.#lose(new NotSheepdog(`${this.#label} does not speak Sheepdog's protocol (an answer without a request)`));
       return;
     }
     const epoch = responseEpoch(bytes, at);

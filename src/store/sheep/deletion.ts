@@ -39,7 +39,7 @@ export async function deleteVdi(host: DeletingHost, found: Inode): Promise<void>
   }
   throw new StoreError(
     'IO',
-    `${inode.name} is not quite deleted: somebody else writes to it; stop that, and delete it again`,
+    `${inode.name} is only half deleted, because another client writes to it; stop that client, and delete it again`,
   );
 }
 

@@ -18,7 +18,7 @@ const SETTLING_MS = 60_000;
 
 export class GoneRetries {
   readonly #cluster: ClusterClient;
-  /** Who has the object of these halves of an oid open; undefined for nobody. */
+  /** The disks that are open here and have the object with these halves of an oid; undefined if none has. */
   readonly #diskOf: (high: number, low: number) => string | undefined;
   #epoch: number;
   #epochChangedAt = -Infinity;

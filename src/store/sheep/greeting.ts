@@ -70,11 +70,10 @@ export async function serves(
 }
 
 function otherVersion(label: string, known: SheepVersion | undefined): string {
-  if (known !== undefined)
-    return `${label} is a Sheepdog node of another version than ${known}, which the cluster was of`;
+  if (known !== undefined) return `${label} is a Sheepdog node of another version than the cluster had, ${known}`;
   return (
-    `${label} is a Sheepdog node of a version that is not known here: 0.8 and 0.9 are read, 1.0 is read and written. From an ` +
-    "older one 'collie vdi read NAME > FILE' brings a disk out, and 'sheepgate import FILE NAME' takes it in"
+    `${label} is a Sheepdog node of an unsupported version: 0.8 and 0.9 can be read, 1.0 can be read and written; from an ` +
+    "older version copy each disk with 'collie vdi read NAME > FILE' and 'sheepgate import FILE NAME'"
   );
 }
 

@@ -55,8 +55,8 @@ export class Locks {
     if (!first) return;
     throw new StoreError(
       'LOCKED',
-      `"${name}" is locked by somebody else in the cluster: it was open when its snapshot ${first.snapId} was taken, and the ` +
-        `lock is still there; if nobody has it open any more, 'sheepgate vdi lock unlock @${first.vid.toString(16)}' ends that lock`,
+      `"${name}" is locked by another client of the cluster: it was open when its snapshot ${first.snapId} was taken, and the ` +
+        `lock is still there; if no client has it open any more, 'sheepgate vdi lock unlock @${first.vid.toString(16)}' ends it`,
     );
   }
 
@@ -68,7 +68,7 @@ export class Locks {
       // MOVED means: look at the map again. A VDI that is being opened has none yet.
       if (code === 'MOVED') throw new StoreError('IO', message, { cause: error });
       if (code !== 'DAMAGED') throw error;
-      throw new StoreError('DAMAGED', `${message}; --missing=zero reads without a lock what there is`, {
+      throw new StoreError('DAMAGED', `${message}; --missing=zero reads the rest without a lock`, {
         cause: error,
       });
     }
@@ -104,7 +104,8 @@ export class Locks {
       await work();
       isDone = true;
     } finally {
-      // A reused vid, and its lock, may belong to another VDI by now. Elsewhere the worst case is a lock on an unused vid.
+      // The vid may have been reused, and its lock may then belong to another VDI. Elsewhere the worst case is a lock on an
+      // unused vid.
       if (!isDone || !this.#recyclesVids) await this.release(inode.vid).catch(() => undefined);
     }
   }

@@ -8,17 +8,17 @@ import type { PoolNode } from './pool-node.js';
 
 /** Nodes that reads go to directly. */
 const MAX_NEAR_NODES = 64;
-/** How old the list of nodes may be by which reads are sent. */
+/** Maximum age of the list of nodes that decides where reads go. */
 const PLACEMENT_AGE_MS = 10_000;
 
 export class NearNodes {
   #placement: Placement | undefined;
-  /** The nodes that it speaks of. */
+  /** The nodes that `#placement` was made from. */
   #nodes: readonly PoolNode[] = [];
   #learntAt = -Infinity;
   #isByDisk = false;
 
-  /** The cluster places objects by the disks of its nodes. What was learnt before that was known is learnt again. */
+  /** The cluster places objects by the disks of its nodes: the list of nodes is fetched again. */
   placeByDisk(): void {
     this.#isByDisk = true;
     this.#placement = undefined;
@@ -26,7 +26,7 @@ export class NearNodes {
     this.#learntAt = -Infinity;
   }
 
-  /** Whether the list of nodes is to be learnt again, by performance.now(); only the first to ask is told so. */
+  /** Whether the caller must fetch the list of nodes again: true for the first caller only. `now`: performance.now(). */
   takesTurn(now: number): boolean {
     if (now - this.#learntAt <= PLACEMENT_AGE_MS) return false;
     this.#learntAt = now;

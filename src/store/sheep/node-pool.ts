@@ -62,7 +62,7 @@ const MAX_TROUBLE_RETRIES = 8;
 /** Connections for reads, to each node but the one in use. */
 const NEAR_CONNECTIONS = 2;
 
-/** Stands for an answer that was lost: the request has taken effect. */
+/** In place of an answer that was lost: the request has taken effect. */
 const DONE: Answer = { result: Result.SUCCESS, epoch: 0, length: 0, header: Buffer.alloc(HEADER_BYTES) };
 
 export class NodePool {
@@ -96,7 +96,7 @@ export class NodePool {
     this.#awaited = new AwaitedRequests(this.#choice.nodes, options.log, this.#options.waitingMs);
   }
 
-  /** Of which disk an object is, by the halves of its oid: for the log. */
+  /** The disk that an object belongs to, by the halves of its oid: for the log. */
   set diskOf(diskOf: (high: number, low: number) => string | undefined) {
     this.#awaited.diskOf = diskOf;
   }
@@ -182,8 +182,8 @@ export class NodePool {
   }
 
   /**
-   * Each node its own request, sent once; undefined for a node that does not answer soon, or cannot be reached. A node that has
-   * not answered its last request is not awaited again until it has.
+   * Sends each node its own request, once. The answer is undefined for a node that does not answer soon, or cannot be reached.
+   * While a node still owes an earlier answer, it is not waited for.
    */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<(Answer | undefined)[]> {
     return Promise.all(
@@ -238,7 +238,7 @@ export class NodePool {
     return connection.send(request, Math.min(longest, Math.max(leftMs, LEAST_ATTEMPT_MS)));
   }
 
-  /** Waits up to `slowMs` as long as the node answers other requests; a silent node is given up. */
+  /** Waits up to `slowMs` while the node answers other requests; a silent node is given up. */
   async #attemptSlowly(connection: NodeConnection, request: WireRequest, slowMs: number): Promise<Answer> {
     let isOver = false;
     const giveUpIfSilent = async (): Promise<void> => {
@@ -308,24 +308,25 @@ export class NodePool {
           laggingSince ??= performance.now();
           if (asked && performance.now() - laggingSince >= LAGGING_MS) {
             this.#choice.leaveCurrent(
-              last instanceof Error ? 'it has not heard of the latest change of members' : reason,
+              last instanceof Error ? 'it does not know the latest change of members' : reason,
               asked,
             );
             laggingSince = undefined;
           }
         } else laggingSince = undefined;
-        if (last instanceof NotSheepdog && asked) this.#choice.leaveCurrent('it answers what no node answers', asked);
+        if (last instanceof NotSheepdog && asked)
+          this.#choice.leaveCurrent('its answers are not those of a node', asked);
         if (last instanceof NoAnswer) {
           this.#choice.leaveSilent(last.address);
           if (isWrite(request) && !options.once) {
-            waiter.why = `${reason}, and may still carry out what it was asked; nothing is repeated before it has answered or left`;
+            waiter.why = `${reason}, and may still carry out the request, which is not repeated before the node has answered or left`;
             await this.#waitUntilHarmless(last, deadline);
           }
         }
         if (isAmbiguous && options.once) {
           throw new StoreError(
             'IO',
-            `${reason}; whether the request was carried out is not known: 'sheepgate vdi list' shows`,
+            `${reason}; it is not known whether the request was carried out: see 'sheepgate vdi list'`,
           );
         }
         if (performance.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
@@ -387,8 +388,8 @@ export class NodePool {
     if (await Promise.race([isSettled, this.#sleep(deadline - performance.now()).then(() => false)])) return;
     if (this.#closed) throw closedError();
     throw new InDoubt(
-      `${lost.message}, and may still carry out what it was asked: it is a member of the cluster. ` +
-        "Nothing is repeated elsewhere before it has answered or left; 'sheepgate node list' shows it",
+      `${lost.message}, and may still carry out the request, because it is a member of the cluster; ` +
+        "the request is not repeated before this node has answered or left; 'sheepgate node list' shows its state",
       settled,
     );
   }

@@ -16,13 +16,13 @@ import { RecoveryWatch } from './recovery-watch.js';
 import { objectError } from './result-errors.js';
 
 const NOTHING = Buffer.alloc(0);
-/** What a node answers that has been started and has not joined. */
+/** Answers of a node that was started and has not joined the cluster yet. */
 const NOT_JOINED: ReadonlySet<number> = new Set([Result.STARTUP, Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN]);
 const SECTOR_BYTES = 512;
 /** VDIs whose number of copies is remembered. */
 const MAX_REMEMBERED = 2 ** 16;
 /** For the log. */
-const SETTLING = 'nodes have come or gone, and bring objects to their places';
+const SETTLING = 'nodes have joined or left, and move objects to their places';
 
 export class ObjectClient {
   readonly pool: NodePool;

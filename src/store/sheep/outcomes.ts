@@ -42,7 +42,7 @@ export class NotConnected extends ConnectionLost {}
 export class Outdated extends ConnectionLost {
   constructor({ address, peer }: NodeConnection, known: number) {
     super(
-      `${addressLabel(address)} has not heard of the latest change of members (it is at epoch ${peer.epoch}, and the cluster ` +
+      `${addressLabel(address)} does not know the latest change of members (it is at epoch ${peer.epoch}, and the cluster ` +
         `at ${known})`,
     );
   }

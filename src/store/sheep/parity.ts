@@ -59,9 +59,10 @@ export class OldParity {
     const { name, vid } = this.#vdi.record;
     const left = this.#host.cluster.oldParity.get(vid)?.size;
     if (left === undefined) return;
+    // Without the words "all parity is new", which operators search the log for.
     this.#host.log(
-      `${name} is closed, and ${left} of its objects were written while nodes were missing: no other node should go until ` +
-        'it has been written again and their parity has been made anew',
+      `${name} is closed, and ${left} of its objects were written while nodes were missing: take no other node down before ` +
+        'the disk has been written again and their parity has been rebuilt',
     );
   }
 
@@ -72,7 +73,7 @@ export class OldParity {
     const written = cluster.oldParity.get(vid);
     if (!written || !cluster.recovery.isComplete(copies)) return;
     this.#host.log(
-      `${name}: making the parity of ${written.size} objects anew; no other node should go until that is done`,
+      `${name}: rebuilding the parity of ${written.size} objects; take no other node down until this is done`,
     );
     for (const idx of written) {
       // Under another vid, too: the object belongs to a snapshot then, and is read-only.
@@ -80,7 +81,7 @@ export class OldParity {
       try {
         await this.#renewObject(vid, idx, written);
       } catch (error) {
-        this.#host.log(`${name}: the parity of object ${idx} was not made anew: ${(error as Error).message}`);
+        this.#host.log(`${name}: the parity of object ${idx} was not rebuilt: ${(error as Error).message}`);
         return;
       }
     }

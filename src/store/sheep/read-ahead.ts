@@ -18,7 +18,7 @@ const MIN_RUN = 2;
 const BUSY_READS = 4;
 /** Reads after which such a reader is considered again: its number of reads in flight goes up and down. */
 const BUSY_REST = 64;
-/** Readers of one disk that are told apart. */
+/** Readers of one disk that are distinguished. */
 const MAX_READERS = 8;
 /** Pieces held for all disks together: 62 MiB. Beyond that the oldest pieces are dropped. */
 const MAX_PIECES = 128;
@@ -34,7 +34,7 @@ export interface ReadableDisk {
 }
 
 interface Reader {
-  /** Where its next read begins if it goes on. */
+  /** Where its next read begins if it continues in order. */
   next: number;
   run: number;
   /** End of what was fetched or is being fetched. */

@@ -9,7 +9,7 @@
  *
  * So while nodes recover, an object gets no requests until it is in all its places and any other recovery of it must have
  * finished: until it has settled. From then on it takes any number of requests. Requests that were in flight when the members
- * changed are made once more after that. The epoch in every answer tells of the change.
+ * changed are made once more after that. The epoch in every answer shows the change.
  *
  * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads or writes of data.
  */

@@ -36,8 +36,8 @@ export function resultError(result: number, what: string): StoreError {
     case Result.NO_OBJ:
       return new StoreError(
         'DAMAGED',
-        `${says}: nodes look for a name in the inodes of VDIs, and one that they had to look into is lost; 'sheepgate vdi ` +
-          "list' shows it as damaged",
+        `${says}: to find a name, nodes read the inodes of VDIs, and one of these inodes is lost; 'sheepgate vdi list' ` +
+          'shows its VDI as damaged',
       );
     case Result.READONLY:
       return new StoreError('READONLY', `${says}: the VDI has become a snapshot`);

@@ -230,7 +230,7 @@ export class SheepCatalog implements Catalog {
     return vdi;
   }
 
-  /** Where vids are reused, a deleted vid and its lock may belong to another VDI by now. */
+  /** Where vids are reused, a deleted vid and its lock may belong to another VDI now. */
   async #isStillOurs({ failure, inode }: SheepVdi): Promise<boolean> {
     if (failure === undefined || !this.#store.enforcesLocks || !this.#store.recyclesVids) return true;
     const found = await this.#cluster
@@ -282,7 +282,7 @@ export class SheepCatalog implements Catalog {
         }
         const taken = await this.#cluster.readInode(inode.vid);
         if (!taken.isSnapshot) {
-          throw new StoreError('IO', `the nodes took another VDI for ${inode.name}, and made that a snapshot`);
+          throw new StoreError('IO', `the nodes have made another VDI a snapshot, in place of ${inode.name}`);
         }
         return recordOf(taken);
       },
@@ -323,12 +323,12 @@ export class SheepCatalog implements Catalog {
     if (isShadow(base)) {
       throw new StoreError(
         'UNSUPPORTED',
-        'a temporary snapshot cannot be cloned; take one that stays with "vdi snapshot"',
+        'a temporary snapshot cannot be cloned; take a permanent one with "vdi snapshot"',
       );
     }
     // Nodes would make a working VDI read-only for its writers.
     if (!base.isSnapshot)
-      throw new StoreError('IO', `${base.name} is no snapshot (any more); only snapshots are cloned`);
+      throw new StoreError('IO', `${base.name} is not a snapshot, or no longer; only snapshots can be cloned`);
     refuseHyper(base, 'cloned');
     const made = await makeVdi(this.#cluster, { ...base, name }, vid, false);
     return recordOf(await this.#cluster.readInode(made));
@@ -355,7 +355,7 @@ export class SheepCatalog implements Catalog {
       if (!replaced.isSnapshot) {
         throw new StoreError(
           'IO',
-          `${working.name} was changed by somebody else while it was rolled back; nothing was deleted`,
+          `${working.name} was changed by another client while it was rolled back; nothing was deleted`,
         );
       }
       await deleteVdi(this.#store, replaced);
@@ -368,7 +368,7 @@ export class SheepCatalog implements Catalog {
     for (let attempt = 0; attempt <= MAX_TAKE_ATTEMPTS; attempt++) {
       await sheep.look();
       const { inode } = sheep;
-      if (!(await letGoBehind(sheep, objectCount(size, inode.blockSizeShift)))) continue;
+      if (!(await clearBehind(sheep, objectCount(size, inode.blockSizeShift)))) continue;
       await this.#writeSize(inode.vid, size);
       // If another client has taken a snapshot meanwhile, the size was written to the snapshot.
       if (!(await this.#cluster.readInode(inode.vid)).isSnapshot) {
@@ -439,7 +439,7 @@ export class SheepCatalog implements Catalog {
   async #claim(inode: Inode): Promise<void> {
     for (const open of this.#store.open.values()) {
       if (open.record.isSnapshot || open.failure || open.record.name !== inode.name) continue;
-      throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
+      throw new StoreError('IO', `another client has taken a snapshot of ${inode.name} at this moment; try again`);
     }
     await this.#store.locks.take(inode);
   }
@@ -491,7 +491,10 @@ function prefixOf(name: string): string {
 /** Errors: UNSUPPORTED (the name is that of a shadow: the VDI would be listed nowhere). */
 function refuseShadowName(name: string): void {
   if (!isShadowName(name)) return;
-  throw new StoreError('UNSUPPORTED', `${name}: such names are those of temporary snapshots here; choose another one`);
+  throw new StoreError(
+    'UNSUPPORTED',
+    `${name}: names of this form are reserved for temporary snapshots; choose another one`,
+  );
 }
 
 /** Errors: UNSUPPORTED (a hyper volume). `done`: the operation, for the message. */
@@ -499,8 +502,8 @@ function refuseHyper(inode: Inode, done: string): void {
   if (inode.storePolicy === 0) return;
   throw new StoreError(
     'UNSUPPORTED',
-    `${inode.name} is a hyper volume (made with -y) and is not ${done}: nodes do not count who shares its objects; copy it ` +
-      'into a VDI of another kind for that',
+    `${inode.name} is a hyper volume (made with -y) and cannot be ${done}: nodes do not count the references to its ` +
+      'objects; copy it into an ordinary VDI first',
   );
 }
 
@@ -508,7 +511,7 @@ function refuseHyper(inode: Inode, done: string): void {
  * Clears the entries from `count` on: zeros that a snapshot shares have stayed there, and nodes would count references of
  * objects behind the end for ever. False if another client has taken a snapshot meanwhile.
  */
-async function letGoBehind(sheep: SheepVdi, count: number): Promise<boolean> {
+async function clearBehind(sheep: SheepVdi, count: number): Promise<boolean> {
   const left: number[] = [];
   for (let idx = count; idx < sheep.map.length; idx++) if (sheep.map[idx] !== 0) left.push(idx);
   try {

@@ -30,7 +30,7 @@ export class SheepLocks implements VdiLocks {
     if (states === undefined) {
       throw new StoreError(
         'UNSUPPORTED',
-        'these nodes say in another form which VDIs are locked than Sheepdog 1.0; their own dog understands it',
+        "these nodes report locks in another form than Sheepdog 1.0; use the 'dog' that was built with them",
       );
     }
     const locked = states.filter(({ lockState }) => lockState !== LockState.UNLOCKED);
@@ -57,7 +57,7 @@ export class SheepLocks implements VdiLocks {
       throw new StoreError('IO', `${what}: the cluster answers ${resultName(answer.result)}`);
     // Nodes report success even if there was no lock.
     const isLeft = (await this.list()).some((lock) => lock.vid === vid && lock.holders.some((by) => by.node === node));
-    if (isLeft) throw new StoreError('IO', `${what}: it is still there, or somebody has taken it again at this moment`);
+    if (isLeft) throw new StoreError('IO', `${what}: it is still there, or another client has taken it at this moment`);
   }
 }
 

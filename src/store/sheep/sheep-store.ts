@@ -132,7 +132,7 @@ export class SheepStore implements ObjectStore, CatalogHost {
       return HostState.open(stateDirectory, this.identity, isStateOutOfReach);
     } catch (error) {
       this.log(
-        `who has what open is forgotten with this process, and NAME@now:LABEL is refused: ${(error as Error).message}; ` +
+        `which clients have which disks open cannot be stored, and NAME@now:LABEL is refused: ${(error as Error).message}; ` +
           'SHEEPGATE_STATE names another directory',
       );
       return undefined;
@@ -187,9 +187,12 @@ export class SheepStore implements ObjectStore, CatalogHost {
     try {
       await this.locks.release(from);
     } catch (error) {
-      this.log(`the lock on vid ${from.toString(16)}, a snapshot of ${vdi.record.name} by now, is still there`, {
-        err: error,
-      });
+      this.log(
+        `the lock on vid ${from.toString(16)}, which is a snapshot of ${vdi.record.name} now, could not be released`,
+        {
+          err: error,
+        },
+      );
     }
   }
 
@@ -236,8 +239,8 @@ function whyReadOnly(
   if (readOnlyBecause !== undefined) return readOnlyBecause;
   if (version === '1.0') return undefined;
   return (
-    `${location} is a cluster of Sheepdog ${version}, which is only read here; 'sheepgate migrate', without a daemon that ` +
-    'serves it, brings its disks into a local store or a cluster of 1.0'
+    `${location} is a cluster of Sheepdog ${version}, which can only be read; stop its daemon, and copy its disks into a ` +
+    "local store or a cluster of 1.0 with 'sheepgate migrate'"
   );
 }
 

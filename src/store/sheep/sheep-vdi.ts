@@ -53,7 +53,7 @@ export interface SheepVdiHost {
   readonly knownEpoch: number;
   /** The present epoch, asked of the nodes. */
   readEpoch(): Promise<number>;
-  /** The VDI goes on under another vid. */
+  /** The VDI continues under another vid. */
   moved(vdi: SheepVdi, from: number): Promise<void>;
   log(line: string, details?: object): void;
 }
@@ -170,7 +170,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     await this.#following.close();
     await this.#parity.close();
     try {
-      if ((this.#hasCreated || this.#table.hasLetGo) && !this.#failure) await this.#leaveNothingBehind();
+      if ((this.#hasCreated || this.#table.hasDropped) && !this.#failure) await this.#leaveNothingBehind();
     } finally {
       await this.#onClose(this);
     }
@@ -187,10 +187,10 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
       // With a short limit: if nodes do not answer, closing does not wait for them.
       await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS, isApart: true });
       if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
-      else if (this.#table.hasLetGo && (await this.#host.readEpoch()) !== this.#firstEpoch)
-        await this.#table.removeLetGo();
+      else if (this.#table.hasDropped && (await this.#host.readEpoch()) !== this.#firstEpoch)
+        await this.#table.removeDropped();
     } catch (error) {
-      this.#host.log(`whether ${this.record.name} is still there could not be asked when it was closed`, {
+      this.#host.log(`${this.record.name} was closed, and the nodes could not be asked whether it still exists`, {
         err: error,
       });
     }
@@ -212,7 +212,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
 
   /** Called when all nodes are members again and have recovered. */
   nodesAreBack(): void {
-    // A process that has not written the VDI may share it with one that does.
+    // A process that has not written the VDI may share it with a process that does.
     if (this.#isReady) void this.#parity.renew();
   }
 
@@ -279,7 +279,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     await this.getReady();
     if (this.#failure) throw this.#failure;
     this.#table.assertKnown(idx);
-    if (this.#table.isLetGo(idx)) await this.#table.waitForRemoval(vid, idx);
+    if (this.#table.isDropped(idx)) await this.#table.waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
     const key = oidKey(vid, idx);
@@ -309,7 +309,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     }
   }
 
-  /** Go on as `inode`, whose table is `map`. Errors: LOCKED (another client has opened it since), MOVED. */
+  /** Continue as `inode`, whose table is `map`. Errors: LOCKED (another client has opened it since), MOVED. */
   async become(inode: Inode, map: Uint32Array): Promise<void> {
     const from = this.record.vid;
     try {
@@ -320,10 +320,10 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
       throw this.fail(
         new StoreError(
           'LOCKED',
-          `${name} was snapshotted by somebody else, and somebody else has opened it since: nothing more is written to it ` +
-            'from here; disconnect and connect again',
+          `another client has taken a snapshot of ${name}, and another one has opened it since: nothing more is written to ` +
+            'it from here; disconnect and connect again',
           {
-            forClients: `${name} was taken over by somebody else while it was in use; disconnect and connect again`,
+            forClients: `${name} was taken over by another client while it was in use; disconnect and connect again`,
             cause: error,
           },
         ),
@@ -333,7 +333,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     this.inode = inode;
     this.record = recordOf(inode);
     this.map = map;
-    this.#table.forgetLetGo();
+    this.#table.forgetDropped();
     await this.#host.moved(this, from);
   }
 
@@ -369,7 +369,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     this.record = recordOf(this.inode);
   }
 
-  /** A write has failed. Errors: MOVED (the VDI goes on under another vid), the VDI's failure, or `error`. */
+  /** A write has failed. Errors: MOVED (the VDI continues under another vid), the VDI's failure, or `error`. */
   async #goOnAfter(error: unknown, vid: number): Promise<never> {
     const { code } = error as StoreError;
     if (code === 'GONE') {

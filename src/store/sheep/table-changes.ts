@@ -1,7 +1,7 @@
 /**
  * Changes of the map of an open VDI: entries are set in batches, in the table of the inode or in the index of a hyper volume,
  * also while other clients resize, snapshot or delete the VDI. Owns the queue of changes, which entries are in doubt, and which
- * objects were let go. After an error the map says what the nodes have; an entry whose change may have reached a node is never
+ * objects were dropped. After an error the map says what the nodes have; an entry whose change may have reached a node is never
  * written a second time, because the node would give up the reference of the old entry twice.
  */
 import { behindEndError, StoreError } from '../store-error.js';
@@ -52,8 +52,8 @@ export class TableChanges {
   #isWriting = false;
   /** Entries whose change was given up while a node could still carry it out. */
   readonly #doubtful = new Set<number>();
-  /** The VDI's own objects that were let go and may not be removed yet. */
-  readonly #letGo = new Set<number>();
+  /** The VDI's own objects that were dropped and may not be removed yet. */
+  readonly #dropped = new Set<number>();
 
   constructor(host: TableHost, vdi: TableVdi, following: VdiFollowing) {
     this.#host = host;
@@ -77,26 +77,26 @@ export class TableChanges {
     if (this.#doubtful.has(idx)) throw doubtfulError(this.#vdi.record, idx);
   }
 
-  get hasLetGo(): boolean {
-    return this.#letGo.size > 0;
+  get hasDropped(): boolean {
+    return this.#dropped.size > 0;
   }
 
-  isLetGo(idx: number): boolean {
-    return this.#letGo.has(idx);
+  isDropped(idx: number): boolean {
+    return this.#dropped.has(idx);
   }
 
   /** The VDI has another vid: its objects of the old vid are the snapshot's. */
-  forgetLetGo(): void {
-    this.#letGo.clear();
+  forgetDropped(): void {
+    this.#dropped.clear();
   }
 
   /**
-   * Removes objects that were let go and that nodes may have forgotten to remove: they repeat a table entry when members change
+   * Removes objects that were dropped and that nodes may have forgotten to remove: they repeat a table entry when members change
    * meanwhile, and then find no change in it (sheep/gateway.c, prepare_obj_refcnt). No other table has these objects.
    */
-  async removeLetGo(): Promise<void> {
+  async removeDropped(): Promise<void> {
     const { map, record } = this.#vdi;
-    const left = [...this.#letGo].filter((idx) => map[idx] === 0 && !this.#doubtful.has(idx));
+    const left = [...this.#dropped].filter((idx) => map[idx] === 0 && !this.#doubtful.has(idx));
     await inParallel(PARALLEL_REMOVALS, left, (idx) => this.#remove(record.vid, idx));
   }
 
@@ -107,8 +107,8 @@ export class TableChanges {
   async waitForRemoval(vid: number, idx: number): Promise<void> {
     const { inode, record } = this.#vdi;
     if (!(await isRemoved(this.#host.cluster, vid, idx, inode.copyPolicy)))
-      this.#host.log(`object ${idx} of ${record.name} was let go and is still there; it is replaced`);
-    this.#letGo.delete(idx);
+      this.#host.log(`object ${idx} of ${record.name} was dropped, and the nodes still have it; it is replaced`);
+    this.#dropped.delete(idx);
   }
 
   /** Removes objects that no table has: made under a vid that is a snapshot's now, or behind the end. Never fails. */
@@ -195,13 +195,13 @@ export class TableChanges {
     }
     const { map } = vdi;
     for (const { idx, owner } of batch) {
-      if (map[idx] === vid && owner === 0) this.#letGo.add(idx);
+      if (map[idx] === vid && owner === 0) this.#dropped.add(idx);
       map[idx] = owner;
     }
   }
 
   /**
-   * In a hyper volume nodes count no references: objects that are let go are removed here, after their entries. If the process
+   * In a hyper volume nodes count no references: objects that are dropped are removed here, after their entries. If the process
    * ends in between, an object is left over until the same place is written again.
    */
   async #writeIndex(index: HyperIndex, batch: readonly EntryChange[]): Promise<void> {
@@ -232,7 +232,7 @@ export class TableChanges {
   async #entryWasCleared(idx: number): Promise<void> {
     const { vid, name } = this.#vdi.record;
     if (!this.#index) {
-      this.#letGo.add(idx);
+      this.#dropped.add(idx);
       return;
     }
     await this.#remove(vid, idx).catch((error: unknown) => {
@@ -278,7 +278,7 @@ export class TableChanges {
     return (await cluster.lookup(this.#vdi.record.name)) !== vid;
   }
 
-  /** Removes objects that were made when the VDI had been deleted; unless the vid is another VDI's by now. Never fails. */
+  /** Removes objects that were made when the VDI had been deleted; unless the vid is another VDI's now. Never fails. */
   async #removeOfDeleted(batch: readonly EntryChange[]): Promise<void> {
     const made = batch.filter(({ owner }) => owner !== 0);
     try {

@@ -1,6 +1,6 @@
 /**
  * What other clients of the cluster do to a VDI while it is open here: they resize it, change its copies, take a snapshot (the
- * VDI then goes on under another vid), delete it, or replace it. Owns how the open VDI learns of this, and the move to its next
+ * VDI then continues under another vid), delete it, or replace it. Owns how the open VDI learns of this, and the move to its next
  * vid. Never moves on to a VDI that does not descend from the one that was opened: that would mix two disks.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -33,7 +33,7 @@ export interface FollowedVdi {
   readonly isHyper: boolean;
   /** Raised whenever this process changes what the inode says: an inode that was read before then is stale. */
   readonly changes: number;
-  /** Go on as `inode`, whose table is `map`. Errors: MOVED (another snapshot was taken), LOCKED. */
+  /** Continue as `inode`, whose table is `map`. Errors: MOVED (another snapshot was taken), LOCKED. */
   become(inode: Inode, map: Uint32Array): Promise<void>;
   /** The inode has another size. */
   resized(inode: Inode): void;
@@ -62,7 +62,7 @@ export class VdiFollowing {
     await this.#moving?.catch(() => undefined);
   }
 
-  /** `work` takes a snapshot of the VDI: nothing is followed before the VDI goes on under its new vid. */
+  /** `work` takes a snapshot of the VDI: nothing is followed before the VDI has its new vid. */
   async switching<T>(work: () => Promise<T>): Promise<T> {
     const done = work();
     const settled = done.then(nothing, nothing);
@@ -88,7 +88,7 @@ export class VdiFollowing {
     await this.adopt(inode);
   }
 
-  /** The inode of the VDI; undefined if `vid` is another VDI's by now. */
+  /** The inode of the VDI; undefined if `vid` is another VDI's now. */
   async readInode(vid: number): Promise<Inode | undefined> {
     try {
       const inode = await this.#host.cluster.readInode(vid);
@@ -112,7 +112,7 @@ export class VdiFollowing {
         count > before && !vdi.isHyper ? await this.#host.cluster.readTable(inode.vid, count - before, before) : NONE;
       if (vdi.changes !== changes || vdi.record.vid !== inode.vid) return;
       const { name, size } = vdi.record;
-      this.#host.log(`${name} has ${inode.size} bytes now, and had ${size}: somebody else has resized it`);
+      this.#host.log(`${name} was resized by another client: it has ${inode.size} bytes now, and had ${size}`);
       vdi.resized(inode);
       for (const [n, owner] of added.entries()) vdi.map[before + n] = owner;
       return;
@@ -121,8 +121,8 @@ export class VdiFollowing {
   }
 
   /**
-   * Go on as the working VDI that has taken the place of `from`: another client has made `from` a snapshot. Does nothing if the
-   * VDI has another vid already. Errors: IO (there is no working VDI, or it does not descend from `from`).
+   * Continue as the working VDI that has taken the place of `from`: another client has made `from` a snapshot. Does nothing if
+   * the VDI has another vid already. Errors: IO (there is no working VDI, or it does not descend from `from`).
    */
   async follow(from: number): Promise<void> {
     while (this.#switching) await this.#switching;
@@ -157,7 +157,7 @@ export class VdiFollowing {
             if ((error as StoreError).code === 'MOVED') continue; // snapshotted again
             throw error;
           }
-          this.#host.log(`${name} was snapshotted by somebody else; going on as vid ${vid.toString(16)}`);
+          this.#host.log(`another client has taken a snapshot of ${name}, which continues as vid ${vid.toString(16)}`);
           return;
         }
       }
@@ -166,9 +166,9 @@ export class VdiFollowing {
       if (performance.now() >= deadline) {
         throw new StoreError(
           'IO',
-          `${name} (vid ${from.toString(16)}) has become read-only in the cluster and no working VDI has taken its place; ` +
-            'was it deleted, or cloned from while it was in use?',
-          { forClients: `${name} is read-only by now: it was deleted, or cloned from, while it was in use` },
+          `${name} (vid ${from.toString(16)}) has become read-only in the cluster, and no working VDI has taken its place; ` +
+            'it may have been deleted, or cloned from, while it was in use',
+          { forClients: `${name} has become read-only: it was deleted, or cloned from, while it was in use` },
         );
       }
       await sleep(FOLLOW_POLL_MS);
@@ -180,7 +180,7 @@ export class VdiFollowing {
     const { inode } = this.#vdi;
     const { name, vid } = this.#vdi.record;
     const failure = this.#vdi.fail(
-      new StoreError('IO', `${name} (vid ${vid.toString(16)}) was deleted by somebody else while it was in use`, {
+      new StoreError('IO', `${name} (vid ${vid.toString(16)}) was deleted by another client while it was in use`, {
         forClients: `${name} was deleted while it was in use`,
       }),
     );
@@ -217,5 +217,5 @@ function nothing(): void {}
 
 /** The VDI has another vid than the caller expected. */
 export function movedError(record: VdiRecord): StoreError {
-  return new StoreError('MOVED', `${record.name} goes on as vid ${record.vid.toString(16)}`);
+  return new StoreError('MOVED', `${record.name} continues as vid ${record.vid.toString(16)}`);
 }

@@ -80,8 +80,10 @@ export class WaitingLog {
     const named = [...reasons].slice(0, MAX_REASONS);
     if (reasons.size > MAX_REASONS) named.push(`and ${reasons.size - MAX_REASONS} more reasons`);
     const waitingMs = Math.round(now - since);
-    const what = requests === 1 ? 'a request waits' : `${requests} requests wait, the oldest`;
-    this.#log(`${name}: ${what} for ${seconds(waitingMs)} for the cluster: ${named.join('; ')}${takeUntold(disk)}`, {
+    const oldest = `for ${seconds(waitingMs)}: ${named.join('; ')}${takeUntold(disk)}`;
+    const what =
+      requests === 1 ? 'a request waits for the cluster' : `${requests} requests wait for the cluster, the oldest`;
+    this.#log(`${name}: ${what} ${oldest}`, {
       ...{ disk: name, requests, waitingMs },
     });
     disk.isTold = true;

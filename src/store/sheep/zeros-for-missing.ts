@@ -1,6 +1,6 @@
 /**
  * Reading a cluster that has lost objects (--missing=zero): a decorator of its reading, in which what is missing reads as zeros.
- * The log names each such range once. A store that is read like this is never written: what was made up would become real.
+ * The log names each such range once. A store that is read like this is never written: the invented zeros would become real data.
  */
 import { labelOfVdi } from '../vdi-record.js';
 import type { StoreError } from '../store-error.js';
@@ -11,7 +11,7 @@ import { oidKey } from '../../sheepdog/object-ids.js';
 /** Options for SheepStore.open at `location`. */
 export function zerosForMissing(location: string): Pick<SheepStoreOptions, 'readOnlyBecause' | 'readingOver'> {
   return {
-    readOnlyBecause: `${location} is served with zeros in place of what it has lost, and therefore only to be read`,
+    readOnlyBecause: `${location} is served with zeros in place of lost objects, and therefore read-only`,
     readingOver: (reads, store) => new ZerosForMissing(reads, store),
   };
 }
@@ -31,7 +31,7 @@ class ZerosForMissing implements ObjectReading {
     const key = oidKey(vid, idx);
     const isKnown = this.#missing.has(key);
     try {
-      // An object that was looked for thoroughly once is not there the next moment either.
+      // An object that was missing after all repetitions is read only once from then on.
       await (isKnown ? this.#reads.readOnce(vid, idx, offset, into) : this.#reads.readObject(vid, idx, offset, into));
     } catch (error) {
       if ((error as StoreError).code !== 'GONE') throw error;

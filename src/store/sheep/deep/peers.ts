@@ -28,7 +28,7 @@ const RECOVERY_POLL_MS = 1_000;
 /** How long a view counts as current: the members are the same and none recovers. */
 const VIEW_AGE_MS = 1_000;
 
-/** The members of the cluster have changed: what was read of an object with the old view is of no use. */
+/** The members of the cluster have changed: data of an object that was read with the old view is useless. */
 export class MembersChanged extends Error {}
 
 export interface View {
@@ -117,7 +117,10 @@ export class Peers {
       const states = await this.#recoveryOf(nodes, epoch, deadline);
       if (states === undefined) {
         if (performance.now() >= deadline) {
-          throw new StoreError('IO', `the nodes do not agree on who they are: not all of them are at epoch ${epoch}`);
+          throw new StoreError(
+            'IO',
+            `the nodes do not agree on the members of the cluster: not all of them are at epoch ${epoch}`,
+          );
         }
         await sleep(FIRST_BACKOFF_MS, undefined, { signal });
         continue;
@@ -129,8 +132,8 @@ export class Peers {
       }
       if (!isTold) {
         note(
-          `nodes recover (${states.finished} of ${states.total} objects): copies are compared when they have; ` +
-            "'sheepgate cluster info' shows how far they are",
+          `nodes recover (${states.finished} of ${states.total} objects): the check waits until they have finished; ` +
+            "'sheepgate cluster info' shows the progress",
         );
       }
       isTold = true;
@@ -231,6 +234,6 @@ export class Peers {
 function unreachable(node: ClusterNode, why: string): StoreError {
   return new StoreError(
     'IO',
-    `the node ${addressLabel(node)} cannot be asked: ${why}; copies are compared by asking every node for its own`,
+    `the node ${addressLabel(node)} cannot be asked: ${why}; check --deep must read the copies of every node`,
   );
 }
