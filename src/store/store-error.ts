@@ -27,7 +27,7 @@ export type StoreErrorCode =
 
 /** `message` is for the operator: it names files and nodes. */
 export class StoreError extends Error {
-  /** In words for whoever uses the disk, if there is more to tell than the code: it can do something about it. */
+  /** The message for clients of the disk, if they need more than the code to do something about the error. */
   readonly forClients: string | undefined;
 
   constructor(
