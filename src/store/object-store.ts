@@ -84,7 +84,10 @@ export interface CheckReport {
   readonly repaired: number;
 }
 
-/** Allocated objects of a VDI, and how many of them no other VDI or snapshot refers to. */
+/**
+ * Allocated objects of a VDI, and how many of them no other VDI or snapshot refers to. A DiskVdi counts by the same size,
+ * 2^blockSizeShift bytes.
+ */
 export interface Usage {
   readonly allocated: number;
   readonly exclusive: number;
