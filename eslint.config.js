@@ -1,5 +1,6 @@
 // tsc checks types. This checks the rest: promises that nobody awaits, and the layers of src/ (docs/ARCHITECTURE.md). A layer imports
 // its neighbours below and the ground floors, and nothing else. nbd/ knows nothing of Sheepdog.
+import fs from 'node:fs';
 import js from '@eslint/js';
 import markdown from '@eslint/markdown';
 import globals from 'globals';
@@ -52,8 +53,12 @@ const DOORS = [
   { files: ['src/operations/open-operations.ts'], to: ['store/local', 'store/local/store-lock.js'] },
 ];
 
-/** Stores know nothing of each other, and src/vdi knows none of them. */
-const NO_STORES = ['**/local/**', '**/sheep/**'];
+/** Each folder of src/store is a store. Stores know nothing of each other, and src/vdi knows none of them. */
+const STORES = fs
+  .readdirSync(new URL('src/store', import.meta.url), { withFileTypes: true })
+  .filter((entry) => entry.isDirectory())
+  .map(({ name }) => name);
+const NO_STORES = STORES.map((store) => `**/${store}/**`);
 const USE_NBD = new Set(['cli', 'daemon', 'operations', 'export']);
 
 function importRule(layer, doors = []) {
@@ -76,15 +81,16 @@ function importRule(layer, doors = []) {
 const layerRules = [
   ...LAYERS.map((layer) => ({ files: [`src/${layer}/**/*.ts`], rules: importRule(layer) })),
   ...DOORS.map(({ files, to }) => ({ files, rules: importRule(files[0].split('/')[1], to) })),
-  ...['local', 'sheep'].map((store, _, stores) => ({
+  ...STORES.map((store) => ({
     files: [`src/store/${store}/**/*.ts`],
     rules: {
       '@typescript-eslint/no-restricted-imports': [
         'error',
         {
-          patterns: stores
-            .filter((other) => other !== store)
-            .map((other) => ({ group: [`**/${other}/**`], message: 'stores know nothing of each other' })),
+          patterns: STORES.filter((other) => other !== store).map((other) => ({
+            group: [`**/${other}/**`],
+            message: 'stores know nothing of each other',
+          })),
         },
       ],
     },

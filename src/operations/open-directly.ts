@@ -2,7 +2,8 @@
  * Opens a store in this process: for the daemon, or for a command if no daemon has it. Owns the steps between opening a store and
  * its first use. Loads only the kind of store that is asked for.
  */
-import { directoryOf, kindOf, type AnyStore, type StoreKind } from '../store/locations.js';
+import { directoryOf, kindOf, type StoreKind } from '../store/locations.js';
+import type { ObjectStore } from '../store/object-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
 import type { Exclusive } from '../export/exclusive.js';
 import { VdiExports, type ExportsOptions } from '../export/vdi-exports.js';
@@ -83,14 +84,14 @@ function refuseOptionsOfOthers({ store, options }: DirectLocation, kind: StoreKi
 
 /** `closed` is called when the store is closed. */
 async function operationsOn(
-  store: AnyStore,
+  store: ObjectStore,
   location: DirectLocation,
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isOursAlone = directoryOf(location.store) !== undefined;
   const { keepMs, maxKept, inUseMs, log, logOften, exclusive, isDaemon: serves } = location;
   const catalog = new VdiCatalog(store, { inUseMs, log });
-  const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
+  const takeBackCreation = (): void => void store.takeBackCreation?.();
   // Other processes may have temporary snapshots in a cluster. Our leftovers are dropped before their disks are written.
   if (!catalog.isReadOnly && (isOursAlone || location.isDaemon)) {
     try {
@@ -107,7 +108,6 @@ async function operationsOn(
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,
-    // Only for a local store, which has a lock that others wait for.
-    announceStop: () => void ('announceStop' in store && store.announceStop()),
+    announceStop: () => void store.announceStop?.(),
   });
 }

@@ -1,6 +1,7 @@
 /**
  * The header of an inode (sheepdog_proto.h, struct sd_inode, before its table). Owns its byte offsets, and how the fields that
- * are written by themselves are encoded. The table and the counts behind it are in inode-table.ts.
+ * are written by themselves are encoded. The table and the counts behind it are in inode-table.ts, the tree that a hyper volume
+ * has there in btree.ts. Between header and table own-name.ts uses some unused bytes.
  */
 import { blob, nu64, struct, u32, u8 } from 'buffer-layout';
 import { NAME_BYTES, TAG_BYTES } from './protocol.js';

@@ -1,12 +1,12 @@
 /**
  * The registry of the kinds of stores: how a location is written, what is known of a store before it is open, and how it is
- * opened. No other file outside a store's own folder tells kinds apart. The code of a store is loaded when one is opened, never
- * before: a daemon does the work of most commands, which then need none of it.
+ * opened. Other code asks a kind for its properties (`kindOf`, `directoryOf`); only an option that belongs to one kind
+ * (--cluster, check --deep) names that kind. The code of a store is loaded when one is opened, never before: a daemon does the
+ * work of most commands, which then need none of it.
  */
 import path from 'node:path';
-import type { LocalStore } from './local/local-store.js';
 import type { HolderRole } from './local/store-lock.js';
-import type { SheepStore } from './sheep/sheep-store.js';
+import type { ObjectStore } from './object-store.js';
 import { clusterLocation, isClusterLocation } from './sheep/cluster-address.js';
 
 /** Options of some kinds of stores. A command with one of them opens the store itself: a daemon may serve it without. */
@@ -35,8 +35,6 @@ export interface OpenOptions {
   readonly store?: StoreOptions;
 }
 
-export type AnyStore = LocalStore | SheepStore;
-
 export interface StoreKind {
   /** Also the prefix of a PLACE on the command line, before a colon. */
   readonly name: string;
@@ -57,7 +55,7 @@ export interface StoreKind {
   /** The StoreOptions that this kind has. */
   readonly options: readonly (keyof StoreOptions)[];
   /** Errors: StoreError. */
-  open(location: string, options: OpenOptions): Promise<AnyStore>;
+  open(location: string, options: OpenOptions): Promise<ObjectStore>;
   /** Loads the code that `open` needs. */
   load(): Promise<unknown>;
 }
@@ -96,6 +94,7 @@ export const CLUSTER: StoreKind = {
   },
 };
 
+/** LOCAL takes every text that no other kind takes, so it is the last one. */
 const KINDS: readonly StoreKind[] = [CLUSTER, LOCAL];
 
 /** For help: what `parseLocation` takes. */

@@ -1,6 +1,7 @@
 /**
- * The contract of a store as a whole: its catalog, its identity and its limits. The data of one VDI is behind what
- * `Catalog.open` hands out (open-vdi.ts). Nothing here knows exports, names with tags in them, or NBD.
+ * The contract of a store as a whole: its catalog, its identity and its limits. Holds for every store, also for one whose VDIs
+ * are not made of objects. The data of one VDI is behind what `Catalog.open` hands out (open-vdi.ts). Nothing here knows
+ * exports, names with tags in them, or NBD.
  */
 import type { OpenVdi } from './open-vdi.js';
 import type { Awaitable, Redundancy, Unfinished, VdiRecord } from './vdi-record.js';
@@ -40,6 +41,10 @@ export interface ObjectStore {
   /** Undefined if this process can store nothing of its own. */
   readonly state: StoreState | undefined;
   readonly catalog: Catalog;
+  /** This process will close the store soon: shown to other processes that wait for its lock. Absent: nobody waits. */
+  announceStop?(): void;
+  /** The command that opened the store has failed: `close` removes a store that this opening has created, if it is empty. */
+  takeBackCreation?(): void;
   close(): Promise<void>;
 }
 
@@ -79,7 +84,10 @@ export interface CheckReport {
   readonly repaired: number;
 }
 
-/** Allocated objects of a VDI, and how many of them no other VDI or snapshot refers to. */
+/**
+ * Allocated objects of a VDI, and how many of them no other VDI or snapshot refers to. A DiskVdi counts by the same size,
+ * 2^blockSizeShift bytes.
+ */
 export interface Usage {
   readonly allocated: number;
   readonly exclusive: number;

@@ -7,7 +7,8 @@
  * A round takes 25 s; the test is skipped unless SHEEPGATE_ROLLING gives the number of rounds. Variations:
  * SHEEPGATE_ROLLING_FORMAT ("-c 2:1"), _NODES, _MIB (of each disk), _READS (share of reads, 0.3), _PREALLOCATED=1, _BARE=0
  * (without bare clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use one
- * more node, which keeps no objects and is never killed). The result of each round is printed.
+ * more node, which keeps no objects and is never killed), _LOG=1 (prints each kill, return and recovery). The result of each
+ * round is printed.
  *
  * Nodes that end themselves (docs/cluster.md, "When nodes crash") are counted, and started again at once, as an operator or
  * a service manager does.

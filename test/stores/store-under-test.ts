@@ -5,7 +5,10 @@
  */
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 
-/** One kind of store. The suite starts it once and runs all its tests on it, each with VDIs of its own. */
+/**
+ * One kind of store for the tests; not the StoreKind of src/store/locations.ts. The suite starts it once and runs all its tests
+ * on it, each with VDIs of its own.
+ */
 export interface StoreKind {
   /** Part of the titles of the tests. */
   readonly label: string;

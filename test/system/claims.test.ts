@@ -46,7 +46,7 @@ function importersOf(module: string): string[] {
 const IMPORTERS: Readonly<Record<string, readonly string[]>> = {
   koffi: ['src/system'],
   lmdb: ['src/store/local'],
-  'nbd-server-ts': ['src/cli', 'src/daemon', 'src/export', 'src/jobs', 'src/operations'],
+  'nbd-server-ts': ['src/cli', 'src/daemon', 'src/export', 'src/operations'],
   'node:child_process': ['src/jobs'],
   'node:worker_threads': ['nbd/src/server'],
   'node:fs': ['nbd/src/server', 'src/cli', 'src/daemon', 'src/jobs', 'src/operations', 'src/store/sheep', 'src/system'],

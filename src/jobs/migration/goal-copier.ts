@@ -1,6 +1,7 @@
 /**
- * One snapshot, or the present content, carried to the target: copied where it differs from what is there, and compared. Owns the
- * hashes that later snapshots are compared with, and the choice of the branch that the target continues from.
+ * One goal (history.ts): a snapshot or the present content, carried to the target: copied where it differs from what is
+ * there, and compared. Owns the hashes that later snapshots are compared with, and the choice of the branch that the target
+ * continues.
  */
 import { OperationError, type Disk, type Operations } from '../../operations/operations.js';
 import { closeAfter } from '../../system/close-after.js';

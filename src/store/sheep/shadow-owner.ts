@@ -1,6 +1,6 @@
 /**
- * The owner mark of a temporary snapshot: eight bytes in its inode that name the machine, the cluster and the process that
- * keeps it up to date. When that process has ended, any process of the same machine may drop the snapshot.
+ * The owner mark of a temporary snapshot: eight bytes in its inode (`mark` in src/sheepdog/inode.ts) that name the machine, the
+ * cluster and the process that keeps it up to date. When that process has ended, any process of the same machine may drop the snapshot.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
