@@ -116,6 +116,13 @@ describe('while nodes recover', () => {
     expect(cluster.seen.slice(before).some(({ opcode }) => opcode === Op.EXIST)).toBe(false);
   });
 
+  test('a question to all nodes is answered by nodes that were not asked since members changed', async () => {
+    await store.cluster.isAnywhere(vdi.record.vid, 3); // connects to all nodes
+    cluster.epoch++;
+    await store.info();
+    expect(await store.cluster.isAnywhere(vdi.record.vid, 3)).toBe(false);
+  });
+
   test('an object that recovery is slow to bring is requested once, by an empty write', async () => {
     await change(1);
     const since = cluster.seen.length;

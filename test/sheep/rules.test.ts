@@ -598,6 +598,21 @@ describe('snapshots of another client', () => {
   });
 });
 
+test('an object that a failed write has made is removed when the VDI is closed', async () => {
+  for (const isFailing of [isDataWrite, isTableWrite]) {
+    cluster.fault = (seen) => (isFailing(seen) ? { result: Res.EIO } : undefined);
+    await expect(vdi.write(0, Buffer.alloc(OBJECT, 1), false)).rejects.toThrow();
+    expect(cluster.dataObjects()).toHaveLength(1);
+    cluster.fault = () => undefined;
+    await catalog.release(vdi);
+    await cluster.settled();
+    expect(cluster.dataObjects()).toEqual([]);
+    vdi = await catalog.openVdi('disk');
+  }
+  await vdi.write(0, Buffer.alloc(OBJECT, 2), false);
+  expect(cluster.dataObjects()).toHaveLength(1);
+});
+
 describe('the catalog', () => {
   test('a rollback whose creation fails leaves the working VDI', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);

@@ -3,9 +3,12 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { describe, expect, test } from 'vitest';
+import { directoryState } from '../../src/store/local/store-directory.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { interpose } from '../harness/interposed-disk.js';
 
 const BUILT = pathToFileURL(path.resolve('dist/store/local/local-store.js')).href;
 
@@ -52,6 +55,20 @@ test('a creation that is killed at any point leaves no store or a whole one, and
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
     await catalog.close();
     expect(fs.readdirSync(directory).sort()).toEqual(['lock', 'meta.mdb', 'objects', 'recent']);
+  }
+});
+
+test('parts of a creation that vanish while they are looked at are nothing foreign', async () => {
+  const made = path.join(temporaryDirectory(), 'store');
+  expect((await make(made, -1)).code).toBe(0);
+  fs.rmSync(path.join(made, 'meta.mdb'));
+  fs.writeFileSync(path.join(made, 'objects', 'scratch'), '');
+  for (const part of ['objects/09', 'objects/scratch', 'objects', 'recent', 'lock']) {
+    const vanishing = interpose(hostDisk, ({ name, file }, proceed) => {
+      if (name === 'lstatSync' && file === path.join(made, part)) return undefined;
+      return proceed();
+    });
+    expect(directoryState(vanishing, made), part).toBe('unfinished');
   }
 });
 

@@ -88,13 +88,14 @@ function hasObjects(disk: HostDisk, directory: string): boolean {
 
 function isOfObjects(disk: HostDisk, objects: string, name: string): boolean {
   const file = path.join(objects, name);
-  if (/^[0-9a-f]{2}$/.test(name)) return isEmptyFolder(disk, file);
   const status = disk.lstatSync(file);
-  return name === SCRATCH && status?.isFile() === true && status.size <= MAX_SCRATCH_BYTES;
+  if (status === undefined) return true; // gone again, as in isOfCreation
+  if (/^[0-9a-f]{2}$/.test(name)) return status.isDirectory() && isEmptyFolder(disk, file);
+  return name === SCRATCH && status.isFile() && status.size <= MAX_SCRATCH_BYTES;
 }
 
 function isEmptyFolder(disk: HostDisk, directory: string): boolean {
-  return disk.lstatSync(directory)?.isDirectory() === true && readNames(disk, directory).length === 0;
+  return readNames(disk, directory).length === 0;
 }
 
 function readNames(disk: HostDisk, directory: string): string[] {

@@ -166,10 +166,13 @@ export class NodePool {
           if (!open && node.restUntil > performance.now())
             throw new NotConnected('it could not be reached a moment ago');
           const connection = open ?? (await this.open(node));
-          const request = { header: inVersion(encode(), this.#version) };
+          const ask = (): Promise<Answer> =>
+            connection.send({ header: inVersion(encode(), this.#version) }, this.#options.attemptMs);
           const wasBehind = this.#isBehind(connection);
-          const answer = await connection.send(request, this.#options.attemptMs);
-          if (wasBehind || answer.epoch < this.knownEpoch()) throw new Outdated(connection, this.knownEpoch());
+          let answer = await ask();
+          // It was not asked since members changed, so only now its epoch is known, and with it what its answers are worth.
+          if (wasBehind) answer = await ask();
+          if (answer.epoch < this.knownEpoch()) throw new Outdated(connection, this.knownEpoch());
           return answer;
         } catch (error) {
           if (!(error instanceof ConnectionLost)) throw error;

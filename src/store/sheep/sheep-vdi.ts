@@ -152,8 +152,13 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return this.shadows.some((shadow) => shadow.isLive && shadow.map[idx] === this.record.vid);
   }
 
-  setOwner(idx: number, owner: number): Promise<void> {
-    return this.#table.set(idx, owner);
+  async setOwner(idx: number, owner: number): Promise<void> {
+    try {
+      await this.#table.set(idx, owner);
+    } catch (error) {
+      if (owner === this.record.vid) this.#table.noteUnlisted(idx);
+      throw error;
+    }
   }
 
   /** Answered changes are on the nodes already. */
@@ -177,8 +182,8 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
   }
 
   /**
-   * Removes objects that were made while another client deleted the VDI, and objects that nodes have forgotten to remove. Never
-   * fails: if the nodes cannot be asked now, objects are left over.
+   * Removes objects that were made while another client deleted the VDI, objects of failed writes, and objects that nodes have
+   * forgotten to remove. Never fails: if the nodes cannot be asked now, objects are left over.
    */
   async #leaveNothingBehind(): Promise<void> {
     const { cluster } = this.#host;
@@ -187,8 +192,11 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
       // With a short limit: if nodes do not answer, closing does not wait for them.
       await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS, isApart: true });
       if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
-      else if (this.#table.hasDropped && (await this.#host.readEpoch()) !== this.#firstEpoch)
-        await this.#table.removeDropped();
+      else {
+        if (this.#table.hasUnlisted) await this.#table.removeUnlisted();
+        if (this.#table.hasDropped && (await this.#host.readEpoch()) !== this.#firstEpoch)
+          await this.#table.removeDropped();
+      }
     } catch (error) {
       this.#host.log(`${this.record.name} was closed, and the nodes could not be asked whether it still exists`, {
         err: error,
@@ -304,7 +312,8 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
       try {
         await this.#goOnAfter(error, vid);
       } finally {
-        if (isMade && this.record.vid !== vid) await this.#table.removeOrphans([{ idx, owner: vid }]);
+        if (isMade && this.record.vid === vid) this.#table.noteUnlisted(idx);
+        else if (isMade) await this.#table.removeOrphans([{ idx, owner: vid }]);
       }
     }
   }

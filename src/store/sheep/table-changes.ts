@@ -54,6 +54,8 @@ export class TableChanges {
   readonly #doubtful = new Set<number>();
   /** The VDI's own objects that were dropped and may not be removed yet. */
   readonly #dropped = new Set<number>();
+  /** Objects that were made, and whose entry could not be set or whose data is not complete: no table may have them. */
+  readonly #unlisted = new Set<number>();
 
   constructor(host: TableHost, vdi: TableVdi, following: VdiFollowing) {
     this.#host = host;
@@ -81,6 +83,15 @@ export class TableChanges {
     return this.#dropped.size > 0;
   }
 
+  get hasUnlisted(): boolean {
+    return this.#unlisted.size > 0;
+  }
+
+  /** The VDI's own object at idx was made, and the write that made it has failed. */
+  noteUnlisted(idx: number): void {
+    this.#unlisted.add(idx);
+  }
+
   isDropped(idx: number): boolean {
     return this.#dropped.has(idx);
   }
@@ -88,15 +99,25 @@ export class TableChanges {
   /** The VDI has another vid: its objects of the old vid are the snapshot's. */
   forgetDropped(): void {
     this.#dropped.clear();
+    this.#unlisted.clear();
   }
 
   /**
    * Removes objects that were dropped and that nodes may have forgotten to remove: they repeat a table entry when members change
    * meanwhile, and then find no change in it (sheep/gateway.c, prepare_obj_refcnt). No other table has these objects.
    */
-  async removeDropped(): Promise<void> {
+  removeDropped(): Promise<void> {
+    return this.#removeWithoutEntry(this.#dropped);
+  }
+
+  /** Removes objects that a failed write has made and no later one has put into the table: deletion would not find them. */
+  removeUnlisted(): Promise<void> {
+    return this.#removeWithoutEntry(this.#unlisted);
+  }
+
+  async #removeWithoutEntry(objects: ReadonlySet<number>): Promise<void> {
     const { map, record } = this.#vdi;
-    const left = [...this.#dropped].filter((idx) => map[idx] === 0 && !this.#doubtful.has(idx));
+    const left = [...objects].filter((idx) => map[idx] !== record.vid && !this.#doubtful.has(idx));
     await inParallel(PARALLEL_REMOVALS, left, (idx) => this.#remove(record.vid, idx));
   }
 
