@@ -3,9 +3,11 @@
  * program (run.ts). Commands print and read variables through `io()` only, so that two commands in one process never mix.
  */
 import { AsyncLocalStorage } from 'node:async_hooks';
-import type { Writable } from 'node:stream';
+import type { Readable, Writable } from 'node:stream';
 
 export interface CommandIo {
+  /** Undefined: descriptor 0 of this process. */
+  readonly stdin?: Readable | undefined;
   readonly stdout: Writable;
   readonly stderr: Writable & { readonly fd?: number };
   readonly env: NodeJS.ProcessEnv;

@@ -42,6 +42,7 @@ export function exportCommand(): Command {
     const { size, copied } = await interruptible((signal) =>
       exportImage((work) => withOperations(options, work, { store: storeOptions(options) }), spec, file, {
         ...onStderr,
+        stdout: () => io().stdout,
         mayReplace: options.force ?? false,
         signal,
       }),

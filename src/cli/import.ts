@@ -5,6 +5,7 @@ import { importImage, SIZE_UNIT } from '../jobs/import-image.js';
 import { asFileError } from '../jobs/file-errors.js';
 import { formatSize } from '../text/size.js';
 import { checkName } from '../vdi/names.js';
+import { io } from './command-io.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
@@ -53,7 +54,7 @@ export function importCommand(): Command {
     const startedAt = performance.now();
     checkName(name);
     // Before signals are caught: opening a fifo waits for its writer, and only an uncaught signal ends that wait.
-    const source = openSource(file, { isRaw: options.raw ?? false, vdi: name });
+    const source = openSource(file, { isRaw: options.raw ?? false, vdi: name, stdin: io().stdin });
     try {
       const result = await interruptible((signal) =>
         importImage((work) => withOperations(options, work, { mayCreate: true }), source, name, {

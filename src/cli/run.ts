@@ -123,8 +123,8 @@ export async function runWords(words: readonly string[]): Promise<Ending> {
 }
 
 /**
- * Run a command inside another program, with streams and an environment of its own; returns its exit code. For short commands:
- * one that reads stdin, writes an image to stdout, or serves, uses those of the process all the same.
+ * Run a command inside another program, with streams and an environment of its own; returns its exit code. Not for `serve`, nor
+ * for commands with --freeze-cmd, whose output goes to the stderr of the process.
  */
 export async function runCommand(words: readonly string[], those: Omit<CommandIo, 'takesSignals'>): Promise<number> {
   return withIo({ ...those, takesSignals: false }, async () => (await runWords(words)).code);

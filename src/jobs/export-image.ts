@@ -1,11 +1,11 @@
 /** A VDI or snapshot becomes a raw image. Guarantees that an interruption leaves no partial image under its name. */
 import type { Operations } from '../operations/operations.js';
 import type { Copied } from './disk-copy.js';
-import { openTarget, type ImageTarget } from './image-target.js';
+import { openTarget, type ImageTarget, type TargetContext } from './image-target.js';
 import type { JobContext } from './reporting.js';
 import type { WithStore } from './with-store.js';
 
-export interface ExportOptions extends JobContext {
+export interface ExportOptions extends JobContext, TargetContext {
   /** Replace a file that exists, overwrite a device that holds something. */
   readonly mayReplace: boolean;
 }

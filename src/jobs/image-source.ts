@@ -19,6 +19,8 @@ export interface SourceOptions {
   readonly isRaw: boolean;
   /** The VDI to be made, for messages. */
   readonly vdi: string;
+  /** Read for "-". Undefined: descriptor 0 of this process. */
+  readonly stdin?: Readable | undefined;
 }
 
 interface Common {
@@ -71,6 +73,7 @@ export function openSource(file: string, options: SourceOptions): ImageSource {
 
 /** stdin may be a pipe, or a file of which another program has read a part. */
 function openStdin(options: SourceOptions): ImageSource {
+  if (options.stdin) return streamSource(options.stdin, 'stdin', undefined, undefined, options);
   const status = fs.fstatSync(STDIN_FD);
   if (status.isDirectory()) throw new OperationError('BAD_FILE', 'stdin is a directory, not a disk image');
   if (!status.isFile() && !status.isBlockDevice()) {

@@ -29,7 +29,10 @@ const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 
 type Copy = (disk: Disk, progress: Progress, signal: AbortSignal) => Promise<Copied>;
 /** What opening and copying need of the job. */
-type Context = Pick<JobContext, 'log' | 'signal'>;
+export interface TargetContext extends Pick<JobContext, 'log' | 'signal'> {
+  /** The stream for "-". Called only for an image that goes there: Node opens process.stdout at its first use. */
+  readonly stdout: () => Writable;
+}
 
 /** Opened before the store and finished after it: while the store is open, root may have the identity of its owner. */
 export interface ImageTarget {
@@ -48,8 +51,8 @@ export function isStdout(file: string): boolean {
  * Everything that can be checked is checked here, before hours of copying. Waits for the reader of a fifo until the signal.
  * Errors: BAD_USAGE, BAD_FILE, EXISTS, BUSY, READ_ONLY, and those of the system.
  */
-export async function openTarget(file: string, mayReplace: boolean, context: Context): Promise<ImageTarget> {
-  if (isStdout(file)) return toStdout();
+export async function openTarget(file: string, mayReplace: boolean, context: TargetContext): Promise<ImageTarget> {
+  if (isStdout(file)) return toStdout(context.stdout());
   const status = fs.statSync(file, { throwIfNoEntry: false });
   if (status?.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory; give a file's name`);
   if (status?.isSocket()) throw new OperationError('BAD_FILE', `${file} is a socket; give a file's name`);
@@ -101,13 +104,13 @@ function parentOf(absolute: string): string {
   return fs.realpathSync(parent);
 }
 
-function toStdout(): ImageTarget {
-  if (process.stdout.isTTY) {
+function toStdout(stdout: Writable & { readonly isTTY?: boolean }): ImageTarget {
+  if (stdout.isTTY) {
     throw new OperationError('BAD_USAGE', 'a disk image does not belong on a terminal; redirect stdout or name a file');
   }
   // For a descriptor that it cannot write to, such as a block device, Node makes a stream that accepts everything and writes
   // nothing (lib/internal/bootstrap/switches/is_main_thread.js, createWritableStdioStream).
-  if (Object.getPrototypeOf(process.stdout) === Writable.prototype) {
+  if (Object.getPrototypeOf(stdout) === Writable.prototype) {
     const what = fs.fstatSync(STDOUT_FD).isBlockDevice()
       ? 'a block device'
       : 'not something that an image can be written to';
@@ -116,7 +119,7 @@ function toStdout(): ImageTarget {
       `stdout is ${what}: name a file or device instead of redirecting to it (${stdoutName()}); nothing was written`,
     );
   }
-  return toStream(process.stdout, 'stdout', { isOurs: false });
+  return toStream(stdout, 'stdout', { isOurs: false });
 }
 
 function stdoutName(): string {
@@ -128,7 +131,7 @@ function stdoutName(): string {
 }
 
 /** Opened when it has a reader. If the reader goes away, a write is an error (fifo(7)). */
-async function toFifo(file: string, { log, signal }: Context): Promise<ImageTarget> {
+async function toFifo(file: string, { log, signal }: TargetContext): Promise<ImageTarget> {
   let isSaid = false;
   for (;;) {
     signal.throwIfAborted();
@@ -236,7 +239,7 @@ function notWritten(error: unknown, file: string, size: number): unknown {
   );
 }
 
-function toBlockDevice(device: BlockDevice, { log }: Context): ImageTarget {
+function toBlockDevice(device: BlockDevice, { log }: TargetContext): ImageTarget {
   const copy: Copy = async (disk, progress, signal) => {
     const { file, size } = device;
     if (size < disk.size) {

@@ -38,7 +38,6 @@ export async function testStore(way: Way): Promise<TestStore> {
 
 /** `always`: arguments of every command. */
 export function storeWith(store: string, daemon: Daemon | undefined, always: readonly string[] = []): TestStore {
-  // Without a daemon every command is a process: so all of them are tested as users run them.
   const run: TestStore['run'] = (args, options) => cli([...args, ...always], { store, ...options });
   const ok: TestStore['ok'] = async (...args) => {
     const result = await run(args);
@@ -57,6 +56,11 @@ export function storeWith(store: string, daemon: Daemon | undefined, always: rea
       return vdis.map(({ name, tag }) => (tag === null ? name : `${name}@${tag}`));
     },
   };
+}
+
+/** Delete all VDIs and snapshots, so that the next test can use the store and its daemon. */
+export async function deleteAll(target: TestStore): Promise<void> {
+  for (const name of await target.names()) await target.ok('vdi', 'delete', name);
 }
 
 /** The one line of a refusal on stderr; fails if there is more, such as a stack. */
@@ -88,14 +92,14 @@ export async function attach(daemon: Daemon, name: string): Promise<NbdClient> {
 export function patterned(size: number, seed: number): Buffer {
   const data = Buffer.alloc(size);
   let state = seed >>> 0 || 1;
-  for (let at = 0; at < size; at += 4) {
+  const words = new Uint32Array(data.buffer, data.byteOffset, Math.floor(size / 4));
+  for (let n = 0; n < words.length; n++) {
     state ^= state << 13;
     state ^= state >>> 17;
     state ^= state << 5;
-    if (at + 4 <= size) data.writeUInt32LE(state >>> 0, at);
-    else data.fill(1, at);
+    words[n] = state;
   }
-  return data;
+  return data.fill(1, words.byteLength);
 }
 
 /** Buffers are equal; toEqual takes minutes to compare megabytes. */

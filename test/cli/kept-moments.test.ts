@@ -1,4 +1,7 @@
-/** NAME@now and NAME@now:LABEL when connections break: a client finds the same moment again, or gets an error; never another moment. */
+/**
+ * NAME@now and NAME@now:LABEL when connections break: a client gets the same point in time again, or an
+ * error; never another point in time.
+ */
 import path from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
@@ -6,12 +9,19 @@ import { startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harn
 import { startStandIn } from '../sheep/clusters.js';
 import { expectBytes, MIB, patterned, storeWith, type TestStore } from './both-ways.js';
 
-const SIZE = 8 * MIB;
+const SIZE = MIB;
 
 interface Served {
   readonly daemon: Daemon;
   readonly target: TestStore;
   readonly writer: NbdClient;
+}
+
+interface Sharing extends Served {
+  /** Its name, which no other test uses. */
+  readonly disk: string;
+  /** The names in the store that belong to the disk. */
+  names(): Promise<string[]>;
 }
 
 async function connect(daemon: Daemon): Promise<NbdClient> {
@@ -35,6 +45,22 @@ async function served(args: readonly string[] = []): Promise<Served> {
   const writer = await attach(daemon, 'disk');
   await fill(writer, 1);
   return { daemon, target: storeWith(daemon.store, daemon), writer };
+}
+
+let shared: Daemon | undefined;
+let disks = 0;
+
+/** The same disk in a daemon that serves several tests: only for a test that leaves the daemon running. */
+async function sharing(): Promise<Sharing> {
+  const daemon = (shared ??= await startDaemon({ args: ['--listen', 'tcp:127.0.0.1:0'] }));
+  const target = storeWith(daemon.store, daemon);
+  const disk = `disk${++disks}`;
+  await target.ok('vdi', 'create', disk, String(SIZE));
+  const writer = await attach(daemon, disk);
+  onTestFinished(() => writer.destroy());
+  await fill(writer, 1);
+  const names = async (): Promise<string[]> => (await target.names()).filter((name) => name.split('@')[0] === disk);
+  return { daemon, target, writer, disk, names };
 }
 
 async function fill(writer: NbdClient, seed: number): Promise<void> {
@@ -64,24 +90,26 @@ async function restarted(daemon: Daemon, args: readonly string[] = []): Promise<
   return startDaemon({ store: daemon.store, args });
 }
 
-for (const spec of ['disk@now', 'disk@now:run1']) {
-  test(`${spec}: a client that was cut off and comes back finds the moment it was reading`, async () => {
-    const { daemon, target, writer } = await served();
+for (const tag of ['now', 'now:run1']) {
+  test(`NAME@${tag}: a client that was cut off and comes back gets the same snapshot again`, async () => {
+    const { daemon, target, writer, disk } = await sharing();
+    const spec = `${disk}@${tag}`;
     const reader = await attach(daemon, spec);
     await lose(target, spec, reader);
     await fill(writer, 2);
     expect(await target.ok('vdi', 'show', spec)).toMatch(
-      /kept +disk@now\S* of \S+ for process \d+ \(.+\), until \S+\n/,
+      new RegExp(`kept +${disk}@now\\S* of \\S+ for process \\d+ \\(.+\\), until \\S+\n`),
     );
-    expect(await target.ok('vdi', 'show', 'disk')).toMatch(/kept +disk@now/);
+    expect(await target.ok('vdi', 'show', disk)).toMatch(new RegExp(`kept +${disk}@now`));
     const again = await attach(daemon, spec);
     await isMoment(again, 1);
     await again.disconnect();
     await isGone(target, spec);
   });
 
-  test(`${spec}: a client that disconnects in order ends the snapshot at once`, async () => {
-    const { daemon, target } = await served();
+  test(`NAME@${tag}: a client that disconnects in order ends the snapshot at once`, async () => {
+    const { daemon, target, disk } = await sharing();
+    const spec = `${disk}@${tag}`;
     const reader = await attach(daemon, spec);
     await reader.disconnect();
     await isGone(target, spec);
@@ -99,7 +127,7 @@ test('NAME@now: after --keep-now the snapshot ends, and the next open takes a ne
   await again.disconnect();
 });
 
-test('a label that has ended never stands for another moment: after its time, a restart, or an orderly end', async () => {
+test('a label that has ended never stands for another point in time: after its time limit, a restart, or an orderly end', async () => {
   const { daemon, target, writer } = await served(['--keep-now', '1']);
   const late = await attach(daemon, 'disk@now:late');
   late.destroy();
@@ -131,7 +159,7 @@ test('a label that has ended never stands for another moment: after its time, a 
 });
 
 for (const how of ['SIGKILL', 'SIGTERM'] as const) {
-  test(`NAME@now after ${how} of the daemon: its reader is refused as long as it tries again, and the reason is logged once`, async () => {
+  test(`NAME@now after ${how} of the daemon: its reader is refused at each attempt, and the reason is logged once`, async () => {
     const { daemon, writer } = await served();
     const reader = await attach(daemon, 'disk@now');
     await (how === 'SIGKILL' ? daemon.kill() : daemon.stop());
@@ -173,84 +201,84 @@ test('NAME@now after a restart: a client that had left in order, or comes from e
   back.destroy();
 });
 
-test('one of four connections is lost and comes back, although the others have left in order meanwhile', async () => {
-  const { daemon, target, writer } = await served();
+test('one of four connections is lost and comes back, although the other three have disconnected in order', async () => {
+  const { daemon, target, writer, disk } = await sharing();
   const four = [];
-  for (let n = 0; n < 4; n++) four.push(await attach(daemon, 'disk@now'));
+  for (let n = 0; n < 4; n++) four.push(await attach(daemon, `${disk}@now`));
   await fill(writer, 2);
-  // They are open at the same time: none of them is the return of another.
+  // They are open at the same time: the daemon must not take one of them for another that comes back.
   for (const each of four) await isMoment(each, 1);
   four[0]?.destroy();
   for (const other of four.slice(1)) await other.disconnect();
-  await waitUntil(async () => /kept/.test(await target.ok('vdi', 'show', 'disk@now')), 'it is kept');
+  await waitUntil(async () => /kept/.test(await target.ok('vdi', 'show', `${disk}@now`)), 'it is kept');
   await fill(writer, 3);
-  const back = await attach(daemon, 'disk@now');
+  const back = await attach(daemon, `${disk}@now`);
   await isMoment(back, 1);
   await back.disconnect();
-  await isGone(target, 'disk@now');
+  await isGone(target, `${disk}@now`);
 });
 
-test('several clients of one label: as long as one of them may come back, no client gets another moment', async () => {
-  const { daemon, target, writer } = await served(['--listen', 'tcp:127.0.0.1:0']);
+test('several clients of one label: while one of them may come back, no client gets another point in time', async () => {
+  const { daemon, target, writer, disk } = await sharing();
   const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
-  const first = await attach(daemon, 'disk@now:run');
+  const first = await attach(daemon, `${disk}@now:run`);
   const second = await NbdClient.connect({ host: '127.0.0.1', port });
-  await second.go('disk@now:run');
+  await second.go(`${disk}@now:run`);
   await fill(writer, 2);
   second.destroy();
   await isMoment(first, 1);
   await first.disconnect();
-  await waitUntil(async () => /kept +.* for tcp 127/.test(await target.ok('vdi', 'show', 'disk@now:run')), 'kept');
-  const third = await attach(daemon, 'disk@now:run');
+  await waitUntil(async () => /kept +.* for tcp 127/.test(await target.ok('vdi', 'show', `${disk}@now:run`)), 'kept');
+  const third = await attach(daemon, `${disk}@now:run`);
   await isMoment(third, 1);
   await third.disconnect();
   const back = await NbdClient.connect({ host: '127.0.0.1', port });
-  await back.go('disk@now:run');
+  await back.go(`${disk}@now:run`);
   await isMoment(back, 1);
   await back.disconnect();
-  await isGone(target, 'disk@now:run');
+  await isGone(target, `${disk}@now:run`);
 });
 
-test('a snapshot that is kept for one client is not given to another, which gets its own', async () => {
-  const { daemon, target, writer } = await served(['--listen', 'tcp:127.0.0.1:0']);
+test('a snapshot that is kept for one client is not given to another client, which gets its own', async () => {
+  const { daemon, target, writer, disk, names } = await sharing();
   const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
-  const mine = await attach(daemon, 'disk@now');
-  await lose(target, 'disk@now', mine);
+  const mine = await attach(daemon, `${disk}@now`);
+  await lose(target, `${disk}@now`, mine);
   await fill(writer, 2);
   const other = await NbdClient.connect({ host: '127.0.0.1', port });
-  await other.go('disk@now');
+  await other.go(`${disk}@now`);
   await isMoment(other, 2);
-  expect((await target.names()).filter((name) => name === 'disk@now')).toHaveLength(2);
-  const back = await attach(daemon, 'disk@now');
+  expect((await names()).filter((name) => name === `${disk}@now`)).toHaveLength(2);
+  const back = await attach(daemon, `${disk}@now`);
   await isMoment(back, 1);
   await isMoment(other, 2);
   await back.disconnect();
   await other.disconnect();
-  await isGone(target, 'disk@now');
+  await isGone(target, `${disk}@now`);
 });
 
-test('NBD_OPT_INFO tells the size and time of the moment that GO then gives, also after a resize in between', async () => {
-  const { daemon, target, writer } = await served();
+test('NBD_OPT_INFO reports the size and time of the snapshot that GO then opens, also after a resize in between', async () => {
+  const { daemon, target, writer, disk } = await sharing();
   const asking = await connect(daemon);
-  const told = await asking.info('disk@now');
-  await target.ok('vdi', 'resize', 'disk', '16M');
+  const told = await asking.info(`${disk}@now`);
+  await target.ok('vdi', 'resize', disk, '16M');
   await fill(writer, 2);
-  const given = await asking.go('disk@now');
+  const given = await asking.go(`${disk}@now`);
   expect(given).toMatchObject({ size: told.size, description: told.description });
   await isMoment(asking, 1);
-  // A moment that waits for its client has its own size and time.
-  await lose(target, 'disk@now', asking);
+  // A snapshot that is kept for its client has its own size and time.
+  await lose(target, `${disk}@now`, asking);
   const back = await connect(daemon);
-  expect(await back.info('disk@now')).toMatchObject({ size: told.size, description: told.description });
-  await back.go('disk@now');
+  expect(await back.info(`${disk}@now`)).toMatchObject({ size: told.size, description: told.description });
+  await back.go(`${disk}@now`);
   await isMoment(back, 1);
   await back.disconnect();
   // A client that only asks leaves no snapshot, and does not use up a label.
   const curious = await connect(daemon);
-  expect(await curious.info('disk@now:later')).toMatchObject({ size: 16 * MIB });
+  expect(await curious.info(`${disk}@now:later`)).toMatchObject({ size: 16 * MIB });
   curious.destroy();
-  await isGone(target, 'disk@now:later');
-  const user = await attach(daemon, 'disk@now:later');
+  await isGone(target, `${disk}@now:later`);
+  const user = await attach(daemon, `${disk}@now:later`);
   await user.disconnect();
 });
 
@@ -277,15 +305,15 @@ test('vdi delete, rollback and check end kept snapshots and report it; a client 
 });
 
 test('at most four snapshots of a disk are kept; a client of one that had to end gets an error', async () => {
-  const { daemon, target } = await served();
-  for (let n = 0; n < 6; n++) await lose(target, `disk@now:${n}`, await attach(daemon, `disk@now:${n}`));
-  await waitUntil(async () => (await target.names()).length === 5, 'four are kept');
-  await expect(attach(daemon, 'disk@now:0')).rejects.toThrow(/too many of its disk were kept/);
-  const last = await attach(daemon, 'disk@now:5');
+  const { daemon, target, disk, names } = await sharing();
+  for (let n = 0; n < 6; n++) await lose(target, `${disk}@now:${n}`, await attach(daemon, `${disk}@now:${n}`));
+  await waitUntil(async () => (await names()).length === 5, 'four are kept');
+  await expect(attach(daemon, `${disk}@now:0`)).rejects.toThrow(/too many of its disk were kept/);
+  const last = await attach(daemon, `${disk}@now:5`);
   await last.disconnect();
 });
 
-test('with --keep-now 0 no snapshot is kept, and a client that comes back gets an error instead of another moment', async () => {
+test('with --keep-now 0 no snapshot is kept, and a client that comes back gets an error instead of another point in time', async () => {
   const { daemon, target } = await served(['--keep-now', '0']);
   for (const spec of ['disk@now', 'disk@now:run']) {
     const reader = await attach(daemon, spec);
@@ -309,15 +337,15 @@ test('time in which the daemon is stopped (SIGSTOP) does not count against its c
   await back.disconnect();
 });
 
-test('commands of sheepgate leave no snapshot behind, and a label in a command stands for one moment', async () => {
-  const { target } = await served();
+test('commands of sheepgate leave no snapshot behind, and a label in a command stands for one point in time', async () => {
+  const { target, disk, names } = await sharing();
   const image = path.join(temporaryDirectory(), 'image');
-  for (const spec of ['disk@now', 'disk@now', 'disk@now:mine']) {
+  for (const spec of [`${disk}@now`, `${disk}@now`, `${disk}@now:mine`]) {
     expect((await target.run(['export', spec, image, '--force'])).code).toBe(0);
-    expect(await target.names()).toEqual(['disk']);
+    expect(await names()).toEqual([disk]);
   }
-  expect(await target.fails('export', 'disk@now:mine', image, '--force')).toMatch(
-    /disk@now:mine was a temporary snapshot of .* has ended/,
+  expect(await target.fails('export', `${disk}@now:mine`, image, '--force')).toMatch(
+    new RegExp(`${disk}@now:mine was a temporary snapshot of .* has ended`),
   );
 });
 

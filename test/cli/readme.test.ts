@@ -101,7 +101,7 @@ needs(
     const output = shown.get(line);
     if (output !== undefined) expect(timeless(printed[n] ?? ''), line).toBe(timeless(output));
   }
-  // As many times the filesystem as here, whatever its size.
+  // The store of the tour holds the filesystem as many times as here, for any size.
   const count = objectsIn(shown.get('npx sheepgate check') ?? '');
   const times = objectsIn(result.stdout) / (await objectsOfExt4('64M'));
   const { stderr: version } = await run('sh', ['-c', 'PATH=$PATH:/sbin mkfs.ext4 -V']);

@@ -32,7 +32,7 @@ test('benchmarks and recorders answer --help, and report wrong options', async (
   }
 });
 
-test('the benchmark of a cluster reports what is missing if there are no Sheepdog nodes', async () => {
+test('the benchmark of a cluster reports that sheep and dog are missing', async () => {
   const env = { PATH: ROOT };
   const asked = await run(process.execPath, ['bench/cluster.mjs', '--quick'], { cwd: ROOT, env });
   expect(asked).toMatchObject({

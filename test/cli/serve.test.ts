@@ -309,7 +309,7 @@ test('one log line when a connection opens and one when it closes, none per requ
   for (let i = 0; i < 25; i++) await client.read(i * 4096, 4096);
   await expect(client.read(64 * MIB, 512)).rejects.toMatchObject({ code: 'EINVAL' });
   await client.disconnect();
-  // It flushes what was written.
+  // The daemon flushes the disk before this line.
   await waitUntil(() => daemon.log().includes('"connection closed"'), 'the first close is in the log');
   const nobody = await NbdClient.connect({ path: daemon.socket });
   await expect(nobody.go('missing')).rejects.toMatchObject({ code: 'UNKNOWN_EXPORT' });
@@ -363,7 +363,7 @@ test('--debug logs every request', async () => {
 test.each(['SIGTERM', 'SIGINT'] as const)(
   '%s answers the requests in flight, makes them durable and exits with 0',
   async (signal) => {
-    const daemon = await startDaemon({ args: ['--create', 'disk:256M'] });
+    const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });
     const client = await attach(daemon, 'disk');
     // 64 MiB are in flight, in 256 requests, when the signal comes.
     const data = patterned(256 * 1024, 3);
@@ -383,7 +383,7 @@ test.each(['SIGTERM', 'SIGINT'] as const)(
     expect(acknowledged.length).toBeGreaterThan(0);
     client.destroy();
     const result = await cli(['export', 'disk', '-'], { store: daemon.store });
-    expect(result.stderr).toMatch(/^exported/); // and no word of a store that was not shut down cleanly
+    expect(result.stderr).toMatch(/^exported/); // no note about an unclean shutdown
     for (const i of acknowledged) {
       expectBytes(result.stdoutBytes.subarray(i * data.length, (i + 1) * data.length), data);
     }
@@ -411,7 +411,7 @@ test('a second SIGTERM ends the daemon at once, even if a client does not read i
   expect(await storeWith(daemon.store, undefined).run(['check'])).toMatchObject({ code: 0 });
 });
 
-test('the daemon runs on if nobody reads its output', async () => {
+test('the daemon keeps running if its output is not read', async () => {
   const directory = temporaryDirectory();
   const socket = path.join(directory, 'nbd.sock');
   const args = [

@@ -25,13 +25,30 @@ const GID = 54_322;
 const isRoot = process.geteuid?.() === 0 && haveCommand('setpriv');
 if (!isRoot) console.log('skipped: root beside a service user needs root and setpriv');
 
+interface Manifest {
+  readonly dependencies?: Readonly<Record<string, string>>;
+  readonly optionalDependencies?: Readonly<Record<string, string>>;
+}
+
+/** The folders of the packages that the one in `folder` needs, all of them in `checkout`'s node_modules. */
+function packagesFor(checkout: string, folder: string, found = new Set<string>()): Set<string> {
+  const manifest = JSON.parse(fs.readFileSync(path.join(checkout, folder, 'package.json'), 'utf8')) as Manifest;
+  for (const name of Object.keys({ ...manifest.dependencies, ...manifest.optionalDependencies })) {
+    const needed = path.join('node_modules', name);
+    // Optional packages for other systems are not installed.
+    if (found.has(needed) || !fs.existsSync(path.join(checkout, needed))) continue;
+    packagesFor(checkout, needed, found.add(needed));
+  }
+  return found;
+}
+
 /** The program where every user can read it, as if installed: this checkout may be readable only by its owner. */
 function installed(): string {
   const checkout = path.dirname(path.dirname(BIN));
   const directory = temporaryDirectory();
   fs.chmodSync(directory, 0o755);
-  const parts = ['package.json', 'bin', 'dist', 'nbd', 'node_modules'];
-  execFileSync('cp', ['-a', ...parts.map((part) => path.join(checkout, part)), directory]);
+  const parts = ['package.json', 'bin', 'dist/bundle', ...packagesFor(checkout, '.')];
+  execFileSync('cp', ['-a', '--parents', ...parts, directory], { cwd: checkout });
   return path.join(directory, 'bin', path.basename(BIN));
 }
 

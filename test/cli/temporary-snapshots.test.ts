@@ -20,7 +20,7 @@ import {
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { attach, diskUsage, expectBytes, MIB, patterned, storeWith, type TestStore } from './both-ways.js';
 
-const SIZE = 32 * MIB;
+const SIZE = 8 * MIB;
 const CHUNK = 4 * MIB;
 
 async function daemonWithDisk(seed: number): Promise<{ daemon: Daemon; target: TestStore; writer: NbdClient }> {
@@ -116,7 +116,7 @@ test('two labels are two snapshots, each of its own point in time', async () => 
   await writer.disconnect();
 });
 
-test('it is not listed as an export, a query leaves no snapshot, and it cannot be deleted while it is read', async () => {
+test('a temporary snapshot is not listed as an export, a query leaves none, and none can be deleted while it is read', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const asking = await NbdClient.connect({ path: daemon.socket });
   expect(await asking.info('disk@now')).toMatchObject({ size: SIZE, readOnly: true });
@@ -133,7 +133,7 @@ test('it is not listed as an export, a query leaves no snapshot, and it cannot b
   await writer.disconnect();
 });
 
-test('it ends when its client is killed', async () => {
+test('a temporary snapshot ends when its client is killed', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const script = `import { NbdClient } from 'nbd-server-ts';
     const client = await NbdClient.connect({ path: ${JSON.stringify(daemon.socket)} });
@@ -150,7 +150,7 @@ test('it ends when its client is killed', async () => {
   await writer.disconnect();
 });
 
-test('after the drop its space is freed, and rewriting the disk makes no copies', async () => {
+test('after a temporary snapshot was dropped, its space is free, and rewriting the disk makes no copies', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const before = objectsOf(daemon);
   const reader = await attach(daemon, 'disk@now');
@@ -161,7 +161,7 @@ test('after the drop its space is freed, and rewriting the disk makes no copies'
   expect(scratchOf(daemon)).toBeGreaterThan(SIZE - MIB);
   await reader.disconnect();
   await isGone(target, 'disk@now');
-  await waitUntil(() => scratchOf(daemon) === 0, 'what was kept is gone');
+  await waitUntil(() => scratchOf(daemon) === 0, 'the before-images are gone');
   await waitUntil(() => objectsOf(daemon) < before + MIB, 'the space is back');
   expect(await target.json('vdi', 'show', 'disk')).toMatchObject({ allocatedBytes: SIZE, exclusiveBytes: SIZE });
   // 512 bytes per object: a copy of any of them would show.
@@ -172,7 +172,7 @@ test('after the drop its space is freed, and rewriting the disk makes no copies'
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
 });
 
-test('a daemon that is killed (SIGKILL) leaves nothing of it behind', async () => {
+test('a daemon that is killed (SIGKILL) leaves nothing of a temporary snapshot behind', async () => {
   const { daemon, writer } = await daemonWithDisk(1);
   const reader = await attach(daemon, 'disk@now:nightly');
   await writeAll(writer, patterned(SIZE, 2));
@@ -190,7 +190,7 @@ test('a daemon that is killed (SIGKILL) leaves nothing of it behind', async () =
   expect(await target.ok('check')).toMatch(/, 0 problems/);
 });
 
-test('nothing of it is left after SIGTERM either, with its reader still connected', async () => {
+test('SIGTERM leaves nothing of a temporary snapshot behind, with its reader still connected', async () => {
   const { daemon, writer } = await daemonWithDisk(1);
   const reader = await attach(daemon, 'disk@now');
   await writeAll(writer, patterned(SIZE, 2));
@@ -218,7 +218,7 @@ test('a temporary snapshot that an earlier version stored is dropped at the next
   expect(result.stderr).toMatch(/dropped 1 temporary snapshot/);
 });
 
-test('it ends when real clients are killed: nbdcopy in the middle of a copy, and a libnbd shell', async (context) => {
+test('a temporary snapshot ends when real clients are killed: nbdcopy in the middle of a copy, and a libnbd shell', async (context) => {
   if (!haveCommand('nbdcopy') || !haveNbdsh())
     return skipBecause(context, 'nbdcopy or python3-libnbd is not installed');
   const { daemon, target, writer } = await daemonWithDisk(1);

@@ -1,10 +1,11 @@
 /** Every `vdi` command and `check`, on the store itself and through a daemon, for people and for machines. */
 import fs from 'node:fs';
 import path from 'node:path';
-import { describe, expect, test } from 'vitest';
+import { afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { cliJson, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 import {
   attach,
+  deleteAll,
   diskUsage,
   expectBytes,
   GIB,
@@ -32,8 +33,11 @@ async function content(target: TestStore, name: string): Promise<Buffer> {
 }
 
 describe.each(WAYS)('%s', (way) => {
+  let target: TestStore;
+  beforeAll(async () => void (target = await testStore(way)));
+  afterEach(() => deleteAll(target));
+
   test('create makes an empty VDI and reports it; --json has all its fields', async () => {
-    const target = await testStore(way);
     expect(await target.ok('vdi', 'create', 'vm1', '10G')).toBe('created vm1, 10 GiB\n');
     const made = await target.json('vdi', 'create', 'größe 2.img', '1.5T', '--block-size-shift', '24');
     expect(made).toEqual({
@@ -55,7 +59,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('list aligns a table with one line per VDI and snapshot, names sorted, snapshots oldest first', async () => {
-    const target = await testStore(way);
     expect(await target.json('vdi', 'create', 'b', '10M')).toBeTruthy();
     await target.ok('vdi', 'create', 'a', '4G');
     await fill(target, 'b', patterned(5 * MIB, 1));
@@ -80,7 +83,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('a list of nothing is a header, and [] for machines', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'x', '1M');
     await target.ok('vdi', 'delete', 'x');
     expect(await target.ok('vdi', 'list')).toBe('NAME  TAG  ID  SIZE  USED  CREATED\n');
@@ -90,7 +92,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('show prints size, used and unshared space, origin and users of a VDI and of a snapshot', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '20M');
     await fill(target, 'vm', patterned(12 * MIB, 2));
     await target.ok('vdi', 'snapshot', 'vm', 'mon');
@@ -116,7 +117,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('tree shows snapshots in a row, and clones below their snapshot', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'base', '1G');
     for (const tag of ['one', 'two']) await target.ok('vdi', 'snapshot', 'base', tag);
     await target.ok('vdi', 'clone', 'base@one', 'copy');
@@ -141,7 +141,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('a rollback that changes the size reports it', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '9M');
     await target.ok('vdi', 'snapshot', 'vm', 's');
     await target.ok('vdi', 'resize', 'vm', '10M');
@@ -152,7 +151,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('after snapshot, write, rollback and clone, every name has the expected content', async () => {
-    const target = await testStore(way);
     const [first, second] = [patterned(9 * MIB, 4), patterned(9 * MIB, 5)];
     await target.ok('vdi', 'create', 'vm', '9M');
     await fill(target, 'vm', first);
@@ -180,7 +178,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('resize grows; shrinking needs --force, and the cut-off data does not come back', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '8M');
     const data = patterned(8 * MIB, 7);
     await fill(target, 'vm', data);
@@ -193,7 +190,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('delete removes a snapshot, or a VDI without its snapshots, and frees the space', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '16M');
     await fill(target, 'vm', patterned(16 * MIB, 8));
     await target.ok('vdi', 'snapshot', 'vm', 's');
@@ -213,7 +209,6 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('check counts, finds an orphan and a lost object, and --repair removes the orphan only', async () => {
-    const target = await testStore(way);
     await target.ok('vdi', 'create', 'vm', '8M');
     await fill(target, 'vm', patterned(8 * MIB, 10));
     expect(await target.ok('check')).toBe('1 VDIs and snapshots, 2 objects, 0 problems\n');
@@ -244,7 +239,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 });
 
-test('what is made without a daemon is shown through it, and the other way round, field by field', async () => {
+test('commands print the same through a daemon and on its store after the daemon has stopped, field by field', async () => {
   const daemon = await startDaemon();
   const target = storeWith(daemon.store, daemon);
   await target.ok('vdi', 'create', 'vm', '1G');

@@ -13,6 +13,9 @@ import { requireBuild } from './build.js';
 import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf, virtnbdbackupOf } from './client-set.js';
 import { processState } from './process-state.js';
 import { runInside } from './run-inside.js';
+import { runResult, type RunResult } from './run-result.js';
+
+export type { RunResult };
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
 
@@ -126,15 +129,6 @@ export interface RunOptions {
   readonly timeoutMs?: number;
 }
 
-export interface RunResult {
-  /** null if a signal ended it, or it was killed at its time limit. */
-  readonly code: number | null;
-  readonly signal: NodeJS.Signals | null;
-  readonly stdout: string;
-  readonly stderr: string;
-  readonly stdoutBytes: Buffer;
-}
-
 /**
  * Run a command of the client set, or our own Node, to its end. A non-zero exit is a result, not an error; a command that
  * cannot be started is an error.
@@ -161,9 +155,7 @@ export async function run(command: string, args: readonly string[], options: Run
   });
   const timer = setTimeout(() => child.kill('SIGKILL'), options.timeoutMs ?? RUN_TIMEOUT_MS);
   try {
-    const { code, signal } = await closed;
-    const stdoutBytes = Buffer.concat(out);
-    return { code, signal, stdout: stdoutBytes.toString(), stderr: Buffer.concat(err).toString(), stdoutBytes };
+    return runResult(await closed, Buffer.concat(out), Buffer.concat(err));
   } finally {
     clearTimeout(timer);
     children.delete(child);
@@ -183,7 +175,10 @@ export function start(command: string, args: readonly string[]): ChildProcessWit
 export interface CliOptions extends RunOptions {
   /** Passed in SHEEPGATE_STORE. */
   readonly store?: string;
-  /** The test is about the process: its start, its streams, its end, its memory. */
+  /**
+   * True: the test is about the process: its start, its streams, its end, its memory. False: the command runs inside although its
+   * name or variables tell otherwise, because it is refused before it needs them.
+   */
   readonly asProcess?: boolean;
 }
 
@@ -195,25 +190,22 @@ const ALL_AS_PROCESSES = process.env['SHEEPGATE_TEST_PROCESSES'] === '1';
  * a process; the files and the code are the same.
  */
 export function cli(args: readonly string[], options: CliOptions = {}): Promise<RunResult> {
-  if (!ALL_AS_PROCESSES && !options.asProcess && canRunInside(args, options)) {
+  if (!ALL_AS_PROCESSES && !(options.asProcess ?? needsProcess(args, options))) {
     requireBuild();
-    return runInside(args, environment({ SHEEPGATE_STORE: options.store }));
+    const env = environment({ SHEEPGATE_STORE: options.store });
+    // The only one of these variables that the store of a cluster reads from the process.
+    process.env['SHEEPGATE_STATE'] = env.SHEEPGATE_STATE;
+    return runInside(args, env, options.input);
   }
   const env = options.store === undefined ? options.env : { SHEEPGATE_STORE: options.store, ...options.env };
   return run(process.execPath, [BIN, ...args], { ...options, env });
 }
 
-/** What jobs still take from the process itself: stdin and stdout for an image ("-"), stderr for the output of freeze commands. */
-const NEEDS_PROCESS = /^(?:-$|--(?:freeze|thaw))/;
+/** The output of freeze commands goes to the stderr of the process. */
+const NEEDS_PROCESS = /^--(?:freeze|thaw)/;
 
-function canRunInside(args: readonly string[], { env, cwd, input }: CliOptions): boolean {
-  return (
-    env === undefined &&
-    cwd === undefined &&
-    input === undefined &&
-    args[0] !== 'serve' &&
-    !args.some((arg) => NEEDS_PROCESS.test(arg))
-  );
+function needsProcess(args: readonly string[], { env, cwd }: CliOptions): boolean {
+  return env !== undefined || cwd !== undefined || args[0] === 'serve' || args.some((arg) => NEEDS_PROCESS.test(arg));
 }
 
 /** Like cli, but a failure throws with its stderr, and stdout is parsed as JSON. */

@@ -58,7 +58,8 @@ function packument(directory: string, tarball: string): object {
 }
 
 function pack(directory: string, response: http.ServerResponse): void {
-  const tar = spawn('tar', ['-c', '--transform', 's,^\\.,package,', '-I', 'gzip -1', '-C', directory, '.'], {
+  // Not compressed, which npm accepts as well: compressing native libraries takes CPU time.
+  const tar = spawn('tar', ['-c', '--transform', 's,^\\.,package,', '-C', directory, '.'], {
     stdio: ['ignore', 'pipe', 'inherit'],
   });
   tar.on('error', (error) => response.destroy(error));

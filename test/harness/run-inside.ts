@@ -3,9 +3,9 @@
  * process takes ten times as long as a short command. Owns the streams of the command; touches none of the process.
  */
 import { createRequire } from 'node:module';
-import { Writable } from 'node:stream';
+import { Readable, Writable } from 'node:stream';
 import type { runCommand } from '../../src/cli/run.js';
-import type { RunResult } from './daemon.js';
+import { runResult, type RunResult } from './run-result.js';
 
 const load = createRequire(import.meta.url);
 
@@ -22,10 +22,21 @@ class Collected extends Writable {
   }
 }
 
-export async function runInside(args: readonly string[], env: NodeJS.ProcessEnv): Promise<RunResult> {
+/** As much as a pipe gives at once. */
+const PIECE_BYTES = 64 * 1024;
+
+function* piecesOf(input: Buffer): Generator<Buffer> {
+  for (let at = 0; at < input.length; at += PIECE_BYTES) yield input.subarray(at, at + PIECE_BYTES);
+}
+
+export async function runInside(
+  args: readonly string[],
+  env: NodeJS.ProcessEnv,
+  input: string | Buffer = '',
+): Promise<RunResult> {
   const program = load('../../dist/bundle/sheepgate.js') as { runCommand: typeof runCommand };
+  const stdin = Readable.from(piecesOf(Buffer.from(input)), { objectMode: false });
   const [stdout, stderr] = [new Collected(), new Collected()];
-  const code = await program.runCommand(args, { stdout, stderr, env });
-  const stdoutBytes = stdout.bytes;
-  return { code, signal: null, stdout: stdoutBytes.toString(), stderr: stderr.bytes.toString(), stdoutBytes };
+  const code = await program.runCommand(args, { stdin, stdout, stderr, env });
+  return runResult({ code, signal: null }, stdout.bytes, stderr.bytes);
 }
