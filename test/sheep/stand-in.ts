@@ -633,15 +633,17 @@ export class StandIn {
   #create({ oid, cowOid, flags, offset, length, node }: Seen, data: Buffer): Answer {
     if (this.#isReadOnly(oid, node)) return { result: Res.READONLY };
     const size = this.#objectSize(oid);
-    const object = Buffer.alloc(Math.max(size, offset + length));
+    // A whole object is kept where it was received.
+    const isWhole = offset === 0 && length >= size;
+    const object = isWhole ? data : Buffer.alloc(Math.max(size, offset + length));
     if (flags & 2) {
       if (length === size) this.violations.push('a write of a whole object asks for a copy of it first');
       const source = this.objects.get(cowOid);
       if (!source) return { result: Res.NO_OBJ };
-      source.copy(object);
+      if (!isWhole) source.copy(object);
     }
     this.#checkBounds(oid, offset, length);
-    data.copy(object, offset);
+    if (!isWhole) data.copy(object, offset);
     this.objects.set(oid, object);
     return { result: Res.SUCCESS };
   }
