@@ -9,42 +9,46 @@ const FNV_OFFSET = 0xcbf29ce484222325n;
 const FNV_PRIME = 0x100000001b3n;
 const MASK_64 = 2n ** 64n - 1n;
 /** A part of a bitmap without vids, as nearly all are: of 16 million vids a cluster uses some thousands. */
-const EMPTY = Buffer.alloc(4096);
+const PART_BYTES = 4096;
+const EMPTY = Buffer.alloc(PART_BYTES);
 
 export class VidsInUse {
-  readonly #used: Buffer;
-  readonly #deleted: Buffer;
+  readonly #used: Bitmap;
+  readonly #deleted: Bitmap;
 
-  /** The answers to READ_VDIS and READ_DEL_VDIS. Vids of deleted VDIs are in use, too. */
+  /**
+   * The answers to READ_VDIS and READ_DEL_VDIS. Vids of deleted VDIs are in use, too. Takes copies: the caller may use the
+   * buffers again.
+   */
   constructor(used: Buffer, deleted: Buffer) {
-    this.#used = used;
-    this.#deleted = deleted;
+    this.#used = new Bitmap(used);
+    this.#deleted = new Bitmap(deleted);
   }
 
   isUsed(vid: number): boolean {
-    return hasBit(this.#used, vid);
+    return this.#used.has(vid);
   }
 
   /** In use and not deleted. */
   isLive(vid: number): boolean {
-    return hasBit(this.#used, vid) && !hasBit(this.#deleted, vid);
+    return this.#used.has(vid) && !this.#deleted.has(vid);
   }
 
   /** Known to be deleted. A vid that is neither live nor deleted may be one that a just started node does not know yet. */
   isDeleted(vid: number): boolean {
-    return hasBit(this.#deleted, vid);
+    return this.#deleted.has(vid);
   }
 
   /** All live vids, in ascending order. */
   live(): number[] {
     const vids: number[] = [];
-    for (let from = 0; from < this.#used.length; from += EMPTY.length) {
-      const to = Math.min(from + EMPTY.length, this.#used.length);
-      if (this.#used.compare(EMPTY, 0, to - from, from, to) === 0) continue;
-      for (let at = from; at < to; at++) {
-        const bits = (this.#used[at] as number) & ~(this.#deleted[at] as number);
+    for (const [number, used] of this.#used.parts) {
+      const deleted = this.#deleted.parts.get(number) ?? EMPTY;
+      for (const [n, byte] of used.entries()) {
+        const bits = byte & ~(deleted[n] ?? 0);
         if (bits === 0) continue;
-        for (let bit = 0; bit < 8; bit++) if (bits & (1 << bit)) vids.push(at * 8 + bit);
+        const first = (number * PART_BYTES + n) * 8;
+        for (let bit = 0; bit < 8; bit++) if (bits & (1 << bit)) vids.push(first + bit);
       }
     }
     return vids;
@@ -70,6 +74,21 @@ export function firstVid(name: string): number {
   return Number(hash & BigInt(MAX_VID)) || 1;
 }
 
-function hasBit(bitmap: Buffer, vid: number): boolean {
-  return (((bitmap[vid >>> 3] ?? 0) >>> (vid & 7)) & 1) === 1;
+/** A bit for each vid. Keeps the parts that are not empty, in ascending order. */
+class Bitmap {
+  readonly parts = new Map<number, Buffer>();
+
+  constructor(bytes: Buffer) {
+    for (let from = 0; from < bytes.length; from += PART_BYTES) {
+      const to = Math.min(from + PART_BYTES, bytes.length);
+      if (bytes.compare(EMPTY, 0, to - from, from, to) === 0) continue;
+      this.parts.set(from / PART_BYTES, Buffer.from(bytes.subarray(from, to)));
+    }
+  }
+
+  has(vid: number): boolean {
+    const at = vid >>> 3;
+    const byte = this.parts.get(Math.floor(at / PART_BYTES))?.[at % PART_BYTES] ?? 0;
+    return ((byte >>> (vid & 7)) & 1) === 1;
+  }
 }

@@ -8,7 +8,7 @@ import { LocalStore } from '../../src/store/local/local-store.js';
 import type { ObjectStore } from '../../src/store/object-store.js';
 import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { cli, temporaryDirectory } from '../harness/daemon.js';
+import { cli, memoryDirectory } from '../harness/daemon.js';
 import { expectBytes, MIB, oneLineOf, patterned } from './both-ways.js';
 
 const SHIFT = 20;
@@ -40,7 +40,7 @@ export interface Place {
 }
 
 export function localPlace(): Place {
-  const directory = path.join(temporaryDirectory(), 'store');
+  const directory = path.join(memoryDirectory(), 'store');
   return { argument: directory, open: () => LocalStore.open(directory) };
 }
 

@@ -17,7 +17,7 @@ import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
-import { cli, temporaryDirectory } from '../harness/daemon.js';
+import { cli, memoryDirectory, temporaryDirectory } from '../harness/daemon.js';
 import { byLength } from '../harness/length.js';
 import { StandIn } from '../sheep/stand-in.js';
 import { expectBytes, MIB, patterned } from './both-ways.js';
@@ -133,8 +133,8 @@ function importing(overwrite: boolean): Command {
 }
 
 async function restoring(overwrites: boolean): Promise<Command> {
-  const store = path.join(temporaryDirectory(), 'store');
-  const to = path.join(temporaryDirectory(), 'backup');
+  const store = path.join(memoryDirectory(), 'store');
+  const to = path.join(memoryDirectory(), 'backup');
   const content = Buffer.alloc(6 * MIB);
   patterned(2 * MIB, 9).copy(content, MIB);
   const made = await cli(['import', '-', NAME, '--size', '6M', '--block-size-shift', '20'], { store, input: content });
@@ -280,14 +280,28 @@ async function clusterPlace(): Promise<{ place: Place; stop(): Promise<void> }> 
   };
 }
 
+/** Its memory is given back at once: there are more than a hundred of them. */
+function removablePlace(): { place: Place; stop(): Promise<void> } {
+  const place = localPlace();
+  return {
+    place,
+    stop: () => {
+      fs.rmSync(place.argument, { recursive: true });
+      return Promise.resolve();
+    },
+  };
+}
+
 describe.each(['a local store', 'a cluster'])('%s', (where) => {
+  const newPlace = async (): Promise<{ place: Place; stop(): Promise<void> }> =>
+    where === 'a cluster' ? clusterPlace() : removablePlace();
+
   test.each(KINDS)(
     'if a command is ended before any step, its VDI is absent, unfinished or complete, and the next run completes it (%#)',
     async (kind) => {
       const command = await kind();
       const scene = async (): Promise<{ place: Place; before: Contents | undefined; stop(): Promise<void> }> => {
-        const { place, stop } =
-          where === 'a cluster' ? await clusterPlace() : { place: localPlace(), stop: () => Promise.resolve() };
+        const { place, stop } = await newPlace();
         const before = command.before && (await withCatalog(place, command.before));
         return { place, before, stop };
       };
@@ -320,13 +334,10 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
     byLength({ quick: 180_000, full: 180_000, long: 20 * 60_000 }),
   );
 
-  const place = async (): Promise<{ place: Place; stop(): Promise<void> }> =>
-    where === 'a cluster' ? clusterPlace() : { place: localPlace(), stop: () => Promise.resolve() };
-
   test('a command that lost the answer to the last step says that the disk is complete, and keeps it', async () => {
     const lost = 'no answer from the daemon';
     for (const command of [importing(false), await restoring(false), await migrating(false)]) {
-      const { place: to, stop } = await place();
+      const { place: to, stop } = await newPlace();
       const error = await withOperations(to, (operations) => {
         const finish = async (...of: Parameters<Operations['finish']>): Promise<VdiRecord> => {
           await operations.finish(...of);
@@ -353,7 +364,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
 
   test('writes of another client between two runs of a migration stay, even if a run was cut off before it saw them', async () => {
     const command = await migrating(true);
-    const { place: to, stop } = await place();
+    const { place: to, stop } = await newPlace();
     await withCatalog(to, command.before as NonNullable<Command['before']>);
     const content = Buffer.from(command.after.get('') as Buffer);
     await withCatalog(to, (catalog) => write(catalog, NAME, content, 0, patterned(8192, 99)));
@@ -369,7 +380,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
 
   test('an import or a restore does not replace the target of a migration that was cut off', async () => {
     const command = await migrating(false);
-    const { place: to, stop } = await place();
+    const { place: to, stop } = await newPlace();
     const steps = await ended(to, command, NEVER);
     await withCatalog(to, async (catalog) => {
       for (const { tag } of await recordsOf(catalog, NAME)) await catalog.remove(tag === '' ? NAME : `${NAME}@${tag}`);

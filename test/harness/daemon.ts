@@ -59,6 +59,17 @@ export function temporaryDirectory(): string {
   return directory;
 }
 
+/**
+ * The same in memory, where the system has that: for small local stores of tests that are not about the disk. Each store has 256
+ * folders, and a disk takes ten times as long to make and remove them.
+ */
+export function memoryDirectory(): string {
+  const base = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
+  const directory = fs.mkdtempSync(path.join(base, 'sheepgate-'));
+  directories.add(directory);
+  return directory;
+}
+
 /** Kill processes that still run, and remove all temporary directories. Runs by itself at the end of a test file. */
 export function cleanUp(): void {
   for (const child of children) child.kill('SIGKILL');

@@ -58,9 +58,16 @@ function leaf(vid: number, indices: readonly number[]): Buffer {
   return node;
 }
 
+/** The indexes of the objects, of millions of entries. */
+function presentIn(map: Uint32Array): number[] {
+  const present: number[] = [];
+  for (let idx = 0; idx < map.length; idx++) if (map[idx] !== 0) present.push(idx);
+  return present;
+}
+
 async function owned(catalog: VdiCatalog): Promise<number[]> {
   const vdi = await catalog.openVdi('hyper');
-  const indices = [...objectsOf(vdi).map.entries()].filter(([, owner]) => owner !== 0).map(([idx]) => idx);
+  const indices = presentIn(objectsOf(vdi).map);
   await catalog.release(vdi);
   return indices;
 }
@@ -173,8 +180,7 @@ describe('a hyper volume', () => {
         }
         await catalog.release(vdi);
         const again = await catalog.openVdi('hyper');
-        const owned = [...objectsOf(again).map.entries()].filter(([, owner]) => owner !== 0).map(([idx]) => idx);
-        expect(owned).toEqual([...expected.keys()].sort((a, b) => a - b));
+        expect(presentIn(objectsOf(again).map)).toEqual([...expected.keys()].sort((a, b) => a - b));
         for (const [idx, content] of expected) {
           const data = Buffer.alloc(OBJECT);
           await again.read(idx * OBJECT, data);

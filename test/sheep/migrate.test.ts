@@ -10,7 +10,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
-import type { VdiCatalog } from '../../src/vdi/catalog.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { attach, MIB, patterned } from '../cli/both-ways.js';
 import {
   checkContents,
@@ -72,6 +72,11 @@ function expectPointInTime(content: Buffer): void {
     stamps.join(),
   ).toBe(true);
   expect((stamps[0] as number) - (stamps.at(-1) as number)).toBeLessThanOrEqual(1);
+}
+
+/** For a test that waits for what appears there: opening the cluster for each look would cost more than the look. */
+async function watched(place: Place): Promise<VdiCatalog> {
+  return new VdiCatalog(await place.open());
 }
 
 /** Number of objects of a local store, which another process may have open. */
@@ -157,10 +162,11 @@ for (const { label, start, tried, skip } of clusters) {
         });
         const args = ['migrate', 'vm', '--from', from.argument, '--to', to.argument, '--json'];
         // Its progress: VDI and tags in a cluster, objects in a store, which is locked while it runs.
-        const [reached, stages] =
-          to === remote
-            ? [async () => (await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'))).length, [1, 2, 3, 4]]
-            : [() => Promise.resolve(objectFiles(to)), [3, 15, 27, 40]];
+        const watch = to === remote ? await watched(remote) : undefined;
+        const reached = watch
+          ? async () => (await recordsOf(watch, 'vm')).length
+          : () => Promise.resolve(objectFiles(to));
+        const stages = watch ? [1, 2, 3, 4] : [3, 15, 27, 40];
         let kills = 0;
         for (const stage of tried(stages)) {
           const child = spawn(process.execPath, [BIN, ...args], { stdio: 'ignore' });
@@ -169,6 +175,7 @@ for (const { label, start, tried, skip } of clusters) {
           child.kill('SIGKILL');
           if ((await over).signal !== null) kills++;
         }
+        await watch?.close();
         expect(kills).toBeGreaterThan(0);
         const records = await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'));
         const done = records.map(({ tag }) => tag).filter((tag) => tag.startsWith('s'));
@@ -198,13 +205,12 @@ for (const { label, start, tried, skip } of clusters) {
       child.stderr.setEncoding('utf8').on('data', (text: string) => (said += text));
       const over = ended(child);
       // It reads now: the source has the snapshot of the migration.
+      const watch = await watched(remote);
       const isReading = async (): Promise<boolean> =>
-        child.exitCode !== null ||
-        (await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).some(({ tag }) =>
-          tag.startsWith('migrate-'),
-        );
+        child.exitCode !== null || (await recordsOf(watch, 'vm')).some(({ tag }) => tag.startsWith('migrate-'));
       await waitUntil(isReading, 'the present content is read');
       child.kill('SIGINT');
+      await watch.close();
       const { code } = await over;
       if (code !== 0) {
         expect(code).toBe(130);

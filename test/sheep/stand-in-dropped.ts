@@ -4,6 +4,7 @@
  * learn of it, as the others refuse requests of an earlier epoch (sheep/request.c, check_request_epoch). An answer has the
  * epoch of the moment it is sent, not of the moment its request was carried out (tx_work).
  */
+import { copyOf } from './stand-in-bytes.js';
 import type { StandIn } from './stand-in.js';
 
 interface Past {
@@ -28,7 +29,7 @@ export class StandInDropped {
     const { epoch, objects } = this.#standIn;
     let tell: () => void = () => undefined;
     const knows = new Promise<void>((resolve) => (tell = resolve));
-    const past = new Map([...objects].map(([oid, bytes]) => [oid, Buffer.from(bytes)]));
+    const past = new Map([...objects].map(([oid, bytes]) => [oid, copyOf(bytes)]));
     this.#pasts.set(node, { epoch, objects: past, vids: this.#standIn.vidsNow(), knows, tell });
     this.#standIn.epoch++;
   }

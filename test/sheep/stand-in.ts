@@ -5,6 +5,17 @@
  * It also checks its clients: requests that real nodes accept and that lose data are recorded in `violations`.
  */
 import net from 'node:net';
+import {
+  bitmapOf,
+  entriesOf,
+  GREF,
+  INODE_BYTES,
+  isZero,
+  newInode,
+  Requests,
+  sectorsWithData,
+  TABLE,
+} from './stand-in-bytes.js';
 import { StandInCopies } from './stand-in-copies.js';
 import { StandInDropped } from './stand-in-dropped.js';
 import { StandInState } from './stand-in-state.js';
@@ -14,9 +25,6 @@ const VDI_BIT = 1n << 63n;
 const BTREE_BIT = 1n << 60n;
 /** SD_INODE_DATA_INDEX_SIZE. */
 const BTREE_NODE_BYTES = 2 ** 22;
-const INODE_BYTES = 12_587_576;
-const TABLE = 4664;
-const GREF = 4_198_968;
 const OBJECTS = 2 ** 20;
 const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
@@ -133,7 +141,8 @@ export interface StandInOptions {
 
 export interface Answer {
   readonly result: number;
-  readonly data?: Buffer;
+  /** Or the pieces of it. */
+  readonly data?: Buffer | readonly Buffer[];
   readonly fill?: (header: Buffer) => void;
 }
 
@@ -280,7 +289,7 @@ export class StandIn {
   /** Does what `dog vdi create` does. */
   externalCreate(name: string | Buffer, size: number, shift = 22): number {
     const vid = this.#freeVid(bytesText(name));
-    const inode = Buffer.alloc(INODE_BYTES);
+    const inode = newInode();
     inode.write(bytesText(name), 'latin1');
     inode.writeBigUInt64LE(BigInt(size), 536);
     inode.set([this.#options.copyPolicy, 0, this.#options.copyPolicy === 0 ? this.#options.copies : 3, shift], 552);
@@ -317,9 +326,7 @@ export class StandIn {
   async externalDelete(name: string, meanwhile: () => Promise<void> = () => Promise.resolve()): Promise<void> {
     const inode = this.#working(name);
     const vid = inode.readUInt32LE(560);
-    for (let idx = 0; idx < OBJECTS; idx++) {
-      if (inode.readUInt32LE(TABLE + idx * 4) !== 0) this.#changeTable(inode, vid, idx, Buffer.alloc(4));
-    }
+    for (const idx of entriesOf(inode)) this.#changeTable(inode, vid, idx, Buffer.alloc(4));
     await meanwhile();
     this.#delete(vid, inode);
   }
@@ -366,24 +373,14 @@ export class StandIn {
   }
 
   #serve(socket: net.Socket, node: number): void {
-    let buffered: Buffer = Buffer.alloc(0);
     let requests = 0;
-    socket.on('data', (chunk) => {
-      buffered = buffered.length === 0 ? chunk : Buffer.concat([buffered, chunk]);
-      for (;;) {
-        if (buffered.length < HEADER) return;
-        const isWrite = (buffered.readUInt16LE(2) & 1) !== 0;
-        const total = HEADER + (isWrite ? buffered.readUInt32LE(12) : 0);
-        if (buffered.length < total) return;
-        const header = Buffer.from(buffered.subarray(0, HEADER));
-        const data = Buffer.from(buffered.subarray(HEADER, total));
-        buffered = buffered.subarray(total);
-        // Without reading the request: whether the node exists, and whether it serves.
-        const isGreeting = header[1] === (requests === 0 ? Op.GET_NODE_LIST : requests === 1 ? Op.STAT_RECOVERY : 0);
-        requests++;
-        void this.#request(socket, node, header, data, isGreeting);
-      }
+    const arriving = new Requests((header, data) => {
+      // Without reading the request: whether the node exists, and whether it serves.
+      const isGreeting = header[1] === (requests === 0 ? Op.GET_NODE_LIST : requests === 1 ? Op.STAT_RECOVERY : 0);
+      requests++;
+      void this.#request(socket, node, header, data, isGreeting);
     });
+    socket.on('data', (chunk) => arriving.add(chunk));
   }
 
   /** `isGreeting`: the first requests of a connection, about the node itself. They are not in `seen`. */
@@ -442,10 +439,18 @@ export class StandIn {
     const response = Buffer.alloc(HEADER);
     header.copy(response, 0, 0, 12);
     response.writeUInt32LE(this.dropped.of(node)?.epoch ?? this.epoch, 4);
-    response.writeUInt32LE(answer.data?.length ?? 0, 12);
+    const pieces = answer.data === undefined ? [] : Buffer.isBuffer(answer.data) ? [answer.data] : answer.data;
+    response.writeUInt32LE(
+      pieces.reduce((sum, { length }) => sum + length, 0),
+      12,
+    );
     response.writeUInt32LE(answer.result, 16);
     answer.fill?.(response);
-    if (!socket.destroyed) socket.write(answer.data ? Buffer.concat([response, answer.data]) : response);
+    if (socket.destroyed) return;
+    socket.cork();
+    socket.write(response);
+    for (const piece of pieces) if (piece.length > 0) socket.write(piece);
+    socket.uncork();
   }
 
   #execute(request: Seen, header: Buffer, data: Buffer): Answer {
@@ -553,18 +558,10 @@ export class StandIn {
   #read({ oid, offset, length, node }: Seen): Answer {
     const object = this.#objectsOf(node).get(oid);
     if (!object || this.#strips.has(oid)) return { result: Res.NO_OBJ };
-    const data = Buffer.alloc(length);
-    object.copy(data, 0, offset, offset + length);
-    // Nodes may leave out zero sectors at both ends.
-    let from = 0;
-    let to = length;
-    while (from + 512 <= to && isZero(data.subarray(from, from + 512))) from += 512;
-    while (to - 512 >= from && isZero(data.subarray(to - 512, to))) to -= 512;
-    return {
-      result: Res.SUCCESS,
-      data: data.subarray(from, to),
-      fill: (h) => h.writeBigUInt64LE(BigInt(from), 24),
-    };
+    const [from, to] = sectorsWithData(object.subarray(offset, offset + length), length);
+    const data = Buffer.alloc(to - from);
+    object.copy(data, 0, Math.min(offset + from, object.length), offset + to);
+    return { result: Res.SUCCESS, data, fill: (h) => h.writeBigUInt64LE(BigInt(from), 24) };
   }
 
   #write({ oid, offset, length, node }: Seen, data: Buffer): Answer {
@@ -636,15 +633,17 @@ export class StandIn {
   #create({ oid, cowOid, flags, offset, length, node }: Seen, data: Buffer): Answer {
     if (this.#isReadOnly(oid, node)) return { result: Res.READONLY };
     const size = this.#objectSize(oid);
-    const object = Buffer.alloc(Math.max(size, offset + length));
+    // A whole object is kept where it was received.
+    const isWhole = offset === 0 && length >= size;
+    const object = isWhole ? data : Buffer.alloc(Math.max(size, offset + length));
     if (flags & 2) {
       if (length === size) this.violations.push('a write of a whole object asks for a copy of it first');
       const source = this.objects.get(cowOid);
       if (!source) return { result: Res.NO_OBJ };
-      source.copy(object);
+      if (!isWhole) source.copy(object);
     }
     this.#checkBounds(oid, offset, length);
-    data.copy(object, offset);
+    if (!isWhole) data.copy(object, offset);
     this.objects.set(oid, object);
     return { result: Res.SUCCESS };
   }
@@ -701,7 +700,7 @@ export class StandIn {
         if (typeof working === 'number') return { result: Res.VDI_EXIST };
         if (working.error !== Res.NO_VDI) return { result: working.error };
         const vid = this.#freeVid(name);
-        const inode = Buffer.alloc(INODE_BYTES);
+        const inode = newInode();
         inode.write(name, 'latin1');
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
         const { copies, copyPolicy, blockSizeShift } = this.#options;
@@ -749,7 +748,7 @@ export class StandIn {
     const before = this.#inode(working);
     before.writeBigUInt64LE(now, 520);
     const vid = this.#freeVid(name);
-    const inode = Buffer.alloc(INODE_BYTES);
+    const inode = newInode();
     inode.write(name, 'latin1');
     like.copy(inode, 536, 536, 544);
     like.copy(inode, 552, 552, 556);
@@ -775,10 +774,8 @@ export class StandIn {
   #derive(baseVid: number, inode: Buffer): void {
     this.readOnly.add(baseVid);
     const base = this.#inode(baseVid);
-    for (let idx = 0; idx < OBJECTS; idx++) {
-      const owner = base.readUInt32LE(TABLE + idx * 4);
-      if (owner === 0) continue;
-      inode.writeUInt32LE(owner, TABLE + idx * 4);
+    for (const idx of entriesOf(base)) {
+      inode.writeUInt32LE(base.readUInt32LE(TABLE + idx * 4), TABLE + idx * 4);
       inode.writeInt32LE(base.readInt32LE(GREF + idx * 8) + 1, GREF + idx * 8);
       base.writeInt32LE(base.readInt32LE(GREF + idx * 8 + 4) + 1, GREF + idx * 8 + 4);
     }
@@ -848,13 +845,6 @@ export class StandIn {
   }
 }
 
-/** A bitmap with one bit per vid. */
-function bitmapOf(vids: ReadonlySet<number>): Buffer {
-  const bitmap = Buffer.alloc(2 ** 21);
-  for (const vid of vids) bitmap[vid >> 3] = (bitmap[vid >> 3] as number) | (1 << (vid & 7));
-  return bitmap;
-}
-
 /** FNV-1a-64, its low 24 bits. */
 export function hash(name: string | Buffer): number {
   let value = 0xcbf29ce484222325n;
@@ -879,10 +869,4 @@ function text(buffer: Buffer, offset: number): string {
 /** The same for a name given by a test. */
 function bytesText(name: string | Buffer): string {
   return Buffer.from(name).toString('latin1');
-}
-
-const ZEROS = Buffer.alloc(4 * OBJECTS);
-
-function isZero(buffer: Buffer): boolean {
-  return buffer.equals(ZEROS.subarray(0, buffer.length));
 }

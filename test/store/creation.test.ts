@@ -7,7 +7,7 @@ import { directoryState } from '../../src/store/local/store-directory.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { cli, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { cli, memoryDirectory, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { interpose } from '../harness/interposed-disk.js';
 
 const BUILT = pathToFileURL(path.resolve('dist/store/local/local-store.js')).href;
@@ -37,12 +37,12 @@ function make(directory: string, killedAt: number) {
 }
 
 test('a creation that is killed at any point leaves no store or a whole one, and the next creation finishes it', async () => {
-  const calls = JSON.parse((await make(path.join(temporaryDirectory(), 'store'), -1)).stdout) as string[];
+  const calls = JSON.parse((await make(path.join(memoryDirectory(), 'store'), -1)).stdout) as string[];
   // All folders of objects are created in the same way.
   const points = calls.flatMap((call, at) => (/mkdirSync .*objects\/(?!00|80|ff)..$/.test(call) ? [] : [at]));
   expect(points.length).toBeGreaterThan(15);
   for (const point of points) {
-    const directory = path.join(temporaryDirectory(), 'store');
+    const directory = path.join(memoryDirectory(), 'store');
     expect((await make(directory, point)).signal, calls[point]).toBe('SIGKILL');
     const isMade = fs.existsSync(path.join(directory, 'meta.mdb'));
     const before = isMade || !fs.existsSync(directory) ? [] : fs.readdirSync(directory).sort();
@@ -242,7 +242,8 @@ describe('a store is created', () => {
   test('a command that starts while the store is being created waits for it', async () => {
     const directory = path.join(temporaryDirectory(), 'store');
     const serving = startDaemon({ store: directory });
-    await waitUntil(() => fs.existsSync(path.join(directory, 'lock')), 'the creation has begun');
+    // Made by the holder of the lock.
+    await waitUntil(() => fs.existsSync(path.join(directory, 'objects')), 'the creation has begun');
     expect(await cli(['vdi', 'list', '--store', directory])).toMatchObject({ code: 0, stderr: '' });
     await (await serving).stop();
   });

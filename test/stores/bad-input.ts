@@ -1,6 +1,6 @@
 /**
- * What must be refused, by every store alike: names, tags, sizes, times and ranges that cannot be. Each is refused with its code
- * and nothing has changed. Owns the lists.
+ * Every store must refuse invalid names, tags, sizes, times and ranges: each with its code, and nothing has changed. Owns the
+ * lists.
  */
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
@@ -33,14 +33,14 @@ const [SURROGATES, SURROGATE_COUNT] = [0xd800, 0x800];
 const CHARACTER = fc
   .integer({ min: 0, max: 0x10ffff - SURROGATE_COUNT })
   .map((n) => String.fromCodePoint(n < SURROGATES ? n : n + SURROGATE_COUNT));
-/** Whatever is asked for with random input ends in one of these, or is done. */
+/** Results of requests with random input. */
 const EXPECTED = ['no error', 'BAD_NAME', 'BAD_SIZE', 'NO_VDI', 'NO_TAG', 'EXISTS', 'IS_SNAPSHOT', 'NEEDS_FORCE'];
 
 export function badInput(session: Session): void {
   const { objectSize: OBJECT, abilities } = session;
   const shift = Math.log2(OBJECT);
 
-  test('names and tags that cannot be are BAD_NAME, and make nothing', async () => {
+  test('invalid names and tags are refused with BAD_NAME, and nothing is made', async () => {
     const { catalog } = session;
     const name = session.newName();
     await session.create(name, OBJECT);
@@ -72,7 +72,7 @@ export function badInput(session: Session): void {
     for (const name of good) expect((await session.catalog.find(name)).name).toBe(name);
   });
 
-  test('sizes that cannot be are BAD_SIZE, and make and change nothing', async () => {
+  test('invalid sizes are refused with BAD_SIZE, and nothing is made or changed', async () => {
     const { catalog } = session;
     const name = session.newName();
     const most = MAX_DATA_OBJECTS * OBJECT;
@@ -103,7 +103,7 @@ export function badInput(session: Session): void {
     await session.release(vdi);
   });
 
-  test('what lies behind the end of the disk is refused: reads with BEHIND_END, changes with NO_SPACE', async () => {
+  test('requests behind the end of the disk are refused: reads with BEHIND_END, changes with NO_SPACE', async () => {
     const { disk } = await session.newDisk(2);
     const { vdi } = disk;
     const options = { noHole: false, fua: false };
@@ -130,7 +130,7 @@ export function badInput(session: Session): void {
     await session.release(vdi);
   });
 
-  test('times that cannot be are BAD_TIME, and no snapshot is taken', async (context) => {
+  test('invalid times are refused with BAD_TIME, and no snapshot is taken', async (context) => {
     if (!abilities.canSnapshot) return context.skip();
     const name = session.newName();
     await session.create(name, OBJECT);

@@ -243,7 +243,7 @@ export function concurrency(session: Session): void {
     await session.release(disk.vdi);
   });
 
-  test('whoever opens and releases a VDI again and again, beside others, finds all that was written', async () => {
+  test('a VDI that is opened and released again and again, by several at a time, keeps all that was written', async () => {
     const { name, disk } = await session.newDisk(2);
     await session.release(disk.vdi);
     const lane = async (n: number): Promise<void> => {

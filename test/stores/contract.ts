@@ -1,6 +1,6 @@
 /**
- * What every store keeps to, through the catalog and open VDIs: names, sizes, bytes, snapshots, clones, holes, changes, and what
- * is there after the store was closed or killed. Owns no VDI beyond each test.
+ * The rules for every store, through the catalog and open VDIs: names, sizes, bytes, snapshots, clones, holes, changes, and the
+ * content after the store was closed or killed. Owns no VDI beyond each test.
  */
 import { expect, test } from 'vitest';
 import {
@@ -50,7 +50,7 @@ function names(session: Session): void {
     expect(await session.catalog.named('nobody')).toEqual([]);
   });
 
-  test('what is not there is refused by its code: NO_VDI, NO_TAG', async () => {
+  test('a name that does not exist is refused with NO_VDI, a tag with NO_TAG', async () => {
     const { catalog } = session;
     const name = session.newName();
     await session.create(name, OBJECT);
@@ -65,7 +65,7 @@ function names(session: Session): void {
     expect(await codeOf(() => catalog.show('nobody'))).toBe('NO_VDI');
   });
 
-  test('a name that is taken is refused with EXISTS, and what bears it is left alone', async () => {
+  test('a name that is taken is refused with EXISTS, and its VDI is unchanged', async () => {
     const { name, disk } = await session.newDisk(1);
     await disk.write(0, BLOCK, 1);
     expect(await codeOf(() => session.create(name, OBJECT))).toBe('EXISTS');
@@ -85,7 +85,7 @@ function names(session: Session): void {
     await session.release(again.disk.vdi);
   });
 
-  test('an open VDI is BUSY for who would delete it, and free again when the last user has left', async () => {
+  test('the deletion of an open VDI is refused with BUSY until its last user has released it', async () => {
     const { name, disk } = await session.newDisk(1);
     const second = await session.openVdi(name);
     expect(await codeOf(() => session.catalog.remove(name))).toBe('BUSY');
@@ -98,7 +98,7 @@ function names(session: Session): void {
     await session.catalog.remove(name);
   });
 
-  test('all who open one VDI have the same, and one release too many is a fault of ours', async () => {
+  test('all users of one VDI share one opening, and one release too many is an internal error', async () => {
     const { name, disk } = await session.newDisk(1);
     const second = await session.openVdi(name);
     expect(second).toBe(disk.vdi);
@@ -298,7 +298,7 @@ function holes(session: Session): void {
 function snapshots(session: Session): void {
   const { objectSize: OBJECT } = session;
 
-  test('a snapshot keeps its bytes whatever is written, trimmed and zeroed after it, and is listed before its VDI', async () => {
+  test('a snapshot keeps its bytes when its VDI is written, trimmed and zeroed, and is listed before it', async () => {
     const { name, disk } = await session.newDisk(5);
     await disk.write(0, 4 * OBJECT, 1);
     const record = await session.catalog.snapshot(name, 's');

@@ -55,7 +55,7 @@ class LocalUnderTest implements StoreUnderTest {
     return (this.#catalog = new VdiCatalog(this.#store));
   }
 
-  /** Goes on with a copy of the directory as it is now, in which another boot finds it: nothing in recent/ counts then. */
+  /** Continues with a copy of the directory as it is now, marked as of an earlier boot: so nothing in recent/ counts. */
   async crash(): Promise<void> {
     const copy = scratchDirectory();
     fs.cpSync(this.directory, copy, { recursive: true });

@@ -1,4 +1,4 @@
-/** What every store keeps to that can only be read: all is read as it is, and every change is refused with READ_ONLY. */
+/** The rules for stores that can only be read: all content is read as it is, and every change is refused with READ_ONLY. */
 import { expect, test } from 'vitest';
 import { codeOf, type Session } from './session.js';
 
@@ -35,7 +35,7 @@ export function readOnly(session: Session): void {
     for (const [spec, expected] of content()) await session.checkSpec(spec, expected);
   });
 
-  test('what is not there is refused as everywhere', async () => {
+  test('names that do not exist or are invalid are refused as in every store', async () => {
     expect(await codeOf(() => session.catalog.find('nobody'))).toBe('NO_VDI');
     expect(await codeOf(() => session.openVdi('a/b'))).toBe('BAD_NAME');
   });

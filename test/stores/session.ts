@@ -6,6 +6,7 @@ import { expect } from 'vitest';
 import type { VdiRecord } from '../../src/store/vdi-record.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { isZeros } from './model.js';
 import type { Abilities, StoreUnderTest } from './store-under-test.js';
 
 export interface Extent {
@@ -57,14 +58,21 @@ export async function bytesOf(vdi: Vdi): Promise<Buffer> {
   return all;
 }
 
+/** For disks of the usual sizes: fresh memory for each comparison keeps the garbage collector busy. */
+const SPARE_BYTES = 9 * 2 ** 20;
+const spare: Buffer[] = [];
+
 /** Size, bytes, and no hole over anything but zeros. */
 export async function checkContent(vdi: Vdi, expected: Buffer, what = 'the VDI'): Promise<void> {
   expect(vdi.size, `size of ${what}`).toBe(expected.length);
-  expectSame(await bytesOf(vdi), expected, what);
+  const memory = spare.pop() ?? Buffer.alloc(SPARE_BYTES);
+  const found = vdi.size <= SPARE_BYTES ? memory.subarray(0, vdi.size) : Buffer.alloc(vdi.size);
+  await vdi.read(0, found.fill(0xaa));
+  expectSame(found, expected, what);
+  spare.push(memory);
   for (const { at, length, flag: isHole } of await extentsOf(vdi)) {
     if (!isHole) continue;
-    const isEmpty = expected.subarray(at, at + length).equals(Buffer.alloc(length));
-    expect(isEmpty, `${what} has a hole at ${at} with only zeros in it`).toBe(true);
+    expect(isZeros(expected.subarray(at, at + length)), `${what} has a hole at ${at} with only zeros in it`).toBe(true);
   }
 }
 

@@ -15,7 +15,7 @@ import type { HostDisk } from '../../src/system/disk.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
-import { temporaryDirectory } from '../harness/daemon.js';
+import { memoryDirectory, temporaryDirectory } from '../harness/daemon.js';
 import { FailingDisk, systemError } from '../harness/failing-disk.js';
 import { interpose } from '../harness/interposed-disk.js';
 import { RecordingDisk } from '../harness/recording-disk.js';
@@ -115,7 +115,7 @@ function contentOf(place: string): Map<string, Buffer> {
 
 /** A power loss: everything that is not durable is gone, and the next boot has another id. */
 async function openAfterPowerLoss(at = Infinity): Promise<void> {
-  const after = path.join(temporaryDirectory(), 'after');
+  const after = path.join(memoryDirectory(), 'after');
   recording.build(after, (event) => recording.isDurable(event, at));
   await open(
     after,
@@ -245,7 +245,7 @@ describe('a recording disk sees, in order,', () => {
     await catalog.release(vdi);
     await catalog.remove('disk@s');
     await catalog.close();
-    const built = path.join(temporaryDirectory(), 'built');
+    const built = path.join(memoryDirectory(), 'built');
     recording.build(built, ({ ended }) => ended !== Infinity);
     const [found, expected] = [contentOf(built), contentOf(directory)];
     expect([...found.keys()]).toEqual([...expected.keys()]);
@@ -499,13 +499,13 @@ describe('a backup target', () => {
       await vdi.write(value * 100_000, Buffer.alloc(200_000, value), true);
       await backup(home, recorder.disk, 2);
     }
-    const built = temporaryDirectory();
+    const built = memoryDirectory();
     recorder.build(built, ({ ended }) => ended !== Infinity);
     const expected = contentOf(path.dirname(home));
     for (const [name, bytes] of contentOf(built)) expect(bytes.equals(expected.get(name) ?? NOTHING), name).toBe(true);
     const counts = new Set<number>();
     for (const at of recorder.momentsOfLoss(1)) {
-      const place = temporaryDirectory();
+      const place = memoryDirectory();
       recorder.build(place, (event) => recorder.isDurable(event, at));
       const kept = path.join(place, 'backups');
       if (!fs.existsSync(path.join(kept, 'manifest.json'))) continue;

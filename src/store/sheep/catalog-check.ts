@@ -9,7 +9,7 @@ import type { CheckReport, DamagedVdi } from '../object-store.js';
 import { StoreError } from '../store-error.js';
 import type { ClusterClient } from './cluster-client.js';
 import { labelsOf } from './labels.js';
-import { presentIn } from './table-scan.js';
+import { presentInLong } from './table-scan.js';
 
 /** Findings that are listed; the rest is counted. */
 const MAX_PROBLEMS = 1000;
@@ -50,7 +50,7 @@ export async function checkCatalog(
       problems.push(`damaged: ${labels.get(inode.vid)}, id ${inode.vid.toString(16)}: ${(error as Error).message}`);
       continue;
     }
-    const present = await presentIn(map);
+    const present = await presentInLong(map);
     await inParallel(PARALLEL_READS, present, async (idx) => {
       const owner = map[idx] as number;
       const key = oidKey(owner, idx);

@@ -9,6 +9,7 @@ import type { ClusterClient } from './cluster-client.js';
 import { clearHyper } from './hyper-index.js';
 import { shadowInodesOf } from './shadow-inodes.js';
 import { isShadow } from './shadow-names.js';
+import { presentIn } from './table-scan.js';
 
 /** Attempts to delete a VDI that another client writes to at the same time. */
 const MAX_DELETE_ATTEMPTS = 5;
@@ -45,14 +46,13 @@ export async function deleteVdi(host: DeletingHost, found: Inode): Promise<void>
 
 /** Clears the whole table, because the disk may have been larger. Returns the idx of its own objects. */
 async function clear(cluster: ClusterClient, inode: Inode): Promise<number[]> {
-  const own: number[] = [];
-  if (inode.storePolicy === 0) {
-    const table = await cluster.readTable(inode.vid, MAX_DATA_OBJECTS);
-    for (let idx = 0; idx < table.length; idx++) if (table[idx] === inode.vid) own.push(idx);
-    await clearTable(cluster, inode.vid, table);
-  } else {
+  if (inode.storePolicy !== 0) {
     await clearHyper(cluster, inode);
+    return [];
   }
+  const table = await cluster.readTable(inode.vid, MAX_DATA_OBJECTS);
+  const own = presentIn(table).filter((idx) => table[idx] === inode.vid);
+  await clearTable(cluster, inode.vid, table);
   return own;
 }
 

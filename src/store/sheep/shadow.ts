@@ -17,6 +17,7 @@ import type { ClusterClient } from './cluster-client.js';
 import type { ReadTracker } from './read-tracker.js';
 import { InDoubt } from './stalled-nodes.js';
 import { clearTable } from './clear-table.js';
+import { presentIn } from './table-scan.js';
 import { isRemoved } from './object-removal.js';
 import { TableWriter } from './table-writer.js';
 import {
@@ -188,8 +189,9 @@ export class Shadow {
     const count = objectCount(this.inode.size, this.inode.blockSizeShift);
     // From the inode, not from memory: another process may have made it.
     const table = await this.#cluster.readTable(this.vid, count);
+    const own = presentIn(table).filter((idx) => table[idx] === this.vid);
     await clearTable(this.#cluster, this.vid, table);
-    for (let idx = 0; idx < table.length; idx++) if (table[idx] === this.vid) this.#reclaiming.add(idx);
+    for (const idx of own) this.#reclaiming.add(idx);
     await this.#mark('', 0);
     this.map = new Uint32Array(0);
   }

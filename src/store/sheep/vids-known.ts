@@ -10,6 +10,7 @@ import { succeeded } from './result-errors.js';
 
 /** A request for the vids in use that takes longer is not waited for by others. */
 const LONG_VIDS_MS = 1_000;
+const NONE_DELETED = Buffer.alloc(0);
 
 export class VidsKnown {
   readonly #pool: NodePool;
@@ -20,6 +21,8 @@ export class VidsKnown {
   #next: Promise<VidsInUse> | undefined;
   /** The request in flight; resolves when it is answered or has failed. */
   #asked: Promise<unknown> | undefined;
+  /** Buffers of the latest request, for the next one. Those of a request that failed are not used again. */
+  #spare: Buffer[] = [];
 
   /** `lookUp` sends a look-up of any name. */
   constructor(pool: NodePool, lookUp: () => Promise<unknown>) {
@@ -79,18 +82,20 @@ export class VidsKnown {
         peer.knowsVids = true;
       }
       const [used, deleted] = await Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]);
+      const vids = new VidsInUse(used, deleted);
+      this.#spare = [used, ...(deleted === NONE_DELETED ? [] : [deleted])];
       const isSame = this.#pool.peer === peer && peer.knowsVids;
-      if (isSame || this.#pool.version === '0.8') return new VidsInUse(used, deleted);
+      if (isSame || this.#pool.version === '0.8') return vids;
     }
   }
 
   /** Before 1.0 not all versions can say: deleted vids count as used then, and their inodes have no name. */
   async #deleted(): Promise<Buffer> {
-    return this.#pool.version === '1.0' ? this.#bitmap(Opcode.READ_DEL_VDIS) : Buffer.alloc(VDI_BITMAP_BYTES);
+    return this.#pool.version === '1.0' ? this.#bitmap(Opcode.READ_DEL_VDIS) : NONE_DELETED;
   }
 
   async #bitmap(opcode: number): Promise<Buffer> {
-    const receive = Buffer.alloc(VDI_BITMAP_BYTES);
+    const receive = this.#spare.pop() ?? Buffer.allocUnsafe(VDI_BITMAP_BYTES);
     const header = encodeVdiRequest(opcode, 0, receive.length);
     succeeded(await this.#pool.execute({ header, receive }), 'listing VDIs');
     return receive;
