@@ -11,7 +11,10 @@ import { BackedUpDisk, bases, hashOf, qemuMissing, readWithQemu } from './backup
 import { attach, MIB, oneLineOf, patterned, storeWith, testStore } from './both-ways.js';
 
 const SIZE = 6 * MIB;
+/** More blocks than a job has in flight: some are not begun when it is stopped. */
+const PAUSED_SIZE = 24 * MIB;
 const KILL_AT = path.resolve(import.meta.dirname, 'kill-at.mjs');
+const PAUSED_IO = path.resolve(import.meta.dirname, 'paused-io.mjs');
 /** Moments of a run to kill it at; all of them would take minutes. */
 const MOMENTS = 9;
 const TIMEOUT_MS = 300_000;
@@ -110,15 +113,27 @@ test('a first backup that was killed starts again, and leaves no files of the ki
   expect(await disk.checkAll(to)).toEqual([1]);
 });
 
-/** A backup that runs until it is ended: its freeze command waits. */
-function start(store: string, args: readonly string[]): { child: ChildProcess; stderr: () => string } {
-  const child = spawn(process.execPath, [BIN, ...args], {
-    env: { ...process.env, SHEEPGATE_STORE: store },
+interface Started {
+  readonly child: ChildProcess;
+  readonly stderr: () => string;
+}
+
+/** A sheepgate that still runs when this returns. */
+function start(store: string, args: readonly string[], env: NodeJS.ProcessEnv = {}, options: string[] = []): Started {
+  const child = spawn(process.execPath, [...options, BIN, ...args], {
+    env: { ...process.env, SHEEPGATE_STORE: store, ...env },
     stdio: ['ignore', 'ignore', 'pipe'],
   });
   let text = '';
   child.stderr.setEncoding('utf8').on('data', (chunk: string) => (text += chunk));
   return { child, stderr: () => text };
+}
+
+/** ... whose third read or write of a block waits until `goOn` is called: until then it is in the middle of its work. */
+function startPaused(call: 'read' | 'write', store: string, args: readonly string[]): Started & { goOn: () => void } {
+  const until = path.join(temporaryDirectory(), 'until');
+  const env = { PAUSED_CALL: call, PAUSED_UNTIL: until };
+  return { ...start(store, args, env, ['--import', PAUSED_IO]), goOn: () => fs.writeFileSync(until, '') };
 }
 
 test('a second run and a restore are refused while a run is at work; a stopped run cleans up', async () => {
@@ -149,14 +164,15 @@ test('a second run and a restore are refused while a run is at work; a stopped r
 });
 
 test('a backup that is stopped while it copies leaves neither snapshot nor files', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), 256 * MIB);
+  const disk = new BackedUpDisk(await testStore('through a daemon'), PAUSED_SIZE);
   await disk.create();
-  for (let at = 0; at < 256; at += 16) await disk.write(at * MIB, patterned(16 * MIB, at + 1));
+  await disk.write(0, patterned(PAUSED_SIZE, 1));
   const to = path.join(temporaryDirectory(), 'vm');
   const partial = path.join(to, 'base-1.img.partial');
-  const { child, stderr } = start(disk.target.store, ['backup', 'vm', '--to', to]);
+  const { child, stderr, goOn } = startPaused('write', disk.target.store, ['backup', 'vm', '--to', to]);
   await waitUntil(() => (fs.statSync(partial, { throwIfNoEntry: false })?.blocks ?? 0) > 0, 'it copies');
   child.kill('SIGTERM');
+  goOn();
   expect(await ended(child), stderr()).toEqual({ code: 143, signal: null });
   expect(fs.readdirSync(to).sort()).toEqual(['lock', 'manifest.json']);
   expect(await disk.target.names()).toEqual(['vm']);
@@ -205,15 +221,16 @@ test('a target that goes away during the backup is an error in one line, and the
 });
 
 test('a restore that is stopped or loses the daemon leaves no partial VDI that looks complete', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), 256 * MIB);
+  const disk = new BackedUpDisk(await testStore('through a daemon'), PAUSED_SIZE);
   await disk.create();
-  for (let at = 0; at < 256; at += 16) await disk.write(at * MIB, patterned(16 * MIB, at + 1));
+  await disk.write(0, patterned(PAUSED_SIZE, 1));
   const { target } = disk;
   const image = path.join(temporaryDirectory(), 'vm.img');
   await disk.backup(image);
-  const { child, stderr } = start(target.store, ['restore', image, 'again']);
+  const { child, stderr, goOn } = startPaused('read', target.store, ['restore', image, 'again']);
   await waitUntil(async () => (await target.names()).includes('again'), 'it restores');
   child.kill('SIGINT');
+  goOn();
   expect(await ended(child), stderr()).toEqual({ code: 130, signal: null });
   expect(await target.names()).not.toContain('again');
   // A client has it open: the restore must not overwrite it.

@@ -27,6 +27,10 @@ export interface TestStore {
   fails(...args: string[]): Promise<string>;
   /** The names in the store, NAME or NAME@TAG. */
   names(): Promise<string[]>;
+  /** The bytes of a VDI or snapshot, exported to a file: only a process can export to its stdout. */
+  contentOf(spec: string): Promise<Buffer>;
+  /** Import these bytes from a file. */
+  fill(name: string, content: Buffer, ...args: string[]): Promise<void>;
 }
 
 /** An empty store, and a daemon on it or not. */
@@ -38,7 +42,7 @@ export async function testStore(way: Way): Promise<TestStore> {
 
 /** `always`: arguments of every command. */
 export function storeWith(store: string, daemon: Daemon | undefined, always: readonly string[] = []): TestStore {
-  // Without a daemon every command is a process: so all of them are tested as users run them.
+  const newFile = (): string => path.join(temporaryDirectory(), 'image');
   const run: TestStore['run'] = (args, options) => cli([...args, ...always], { store, ...options });
   const ok: TestStore['ok'] = async (...args) => {
     const result = await run(args);
@@ -55,6 +59,19 @@ export function storeWith(store: string, daemon: Daemon | undefined, always: rea
     names: async () => {
       const vdis = JSON.parse(await ok('vdi', 'list', '--json')) as { name: string; tag: string | null }[];
       return vdis.map(({ name, tag }) => (tag === null ? name : `${name}@${tag}`));
+    },
+    contentOf: async (spec) => {
+      const file = newFile();
+      await ok('export', spec, file, '--json');
+      const content = fs.readFileSync(file);
+      fs.rmSync(file);
+      return content;
+    },
+    fill: async (name, content, ...args) => {
+      const file = newFile();
+      fs.writeFileSync(file, content);
+      await ok('import', file, name, '--raw', ...args);
+      fs.rmSync(file);
     },
   };
 }
@@ -86,14 +103,14 @@ export async function attach(daemon: Daemon, name: string): Promise<NbdClient> {
 
 /** Like random data, the same every time, without a zero block. */
 export function patterned(size: number, seed: number): Buffer {
-  const data = Buffer.alloc(size);
+  const data = Buffer.alloc(size, 1);
+  const words = new Uint32Array(data.buffer, data.byteOffset, size >>> 2);
   let state = seed >>> 0 || 1;
-  for (let at = 0; at < size; at += 4) {
+  for (let n = 0; n < words.length; n++) {
     state ^= state << 13;
     state ^= state >>> 17;
     state ^= state << 5;
-    if (at + 4 <= size) data.writeUInt32LE(state >>> 0, at);
-    else data.fill(1, at);
+    words[n] = state;
   }
   return data;
 }
