@@ -8,7 +8,7 @@ import path from 'node:path';
 import { expect, test } from 'vitest';
 import { BIN, ended, run, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, qemuMissing, readWithQemu } from './backups.js';
-import { attach, MIB, oneLineOf, patterned, storeWith, testStore } from './both-ways.js';
+import { attach, MIB, oneLineOf, patterned, sharedStore, storeWith, testStore } from './both-ways.js';
 
 const SIZE = 6 * MIB;
 /** More blocks than a job has in flight: some are not begun when it is stopped. */
@@ -18,6 +18,8 @@ const PAUSED_IO = path.resolve(import.meta.dirname, 'paused-io.mjs');
 /** Moments of a run to kill it at; all of them would take minutes. */
 const MOMENTS = 9;
 const TIMEOUT_MS = 300_000;
+
+const withDaemon = sharedStore('through a daemon');
 
 /** Run sheepgate with every change below `place` counted; killed before number `at`, if that is given. */
 async function killed(store: string, place: string, args: readonly string[], at?: number) {
@@ -53,11 +55,16 @@ test.each(['vm', 'vm.img'])(
     const place = path.join(scene, 'backups');
     const to = path.join(place, name);
     const setUp = (): void => {
+      // The folders of a store stay: there are 256 of them, nearly all empty.
+      if (fs.existsSync(store)) {
+        const entries = fs.readdirSync(store, { recursive: true, withFileTypes: true });
+        for (const entry of entries) if (!entry.isDirectory()) fs.rmSync(path.join(entry.parentPath, entry.name));
+      }
+      fs.rmSync(place, { recursive: true, force: true });
       for (const [from, copy] of [
         [original.target.store, store],
         [directory, place],
       ] as const) {
-        fs.rmSync(copy, { recursive: true, force: true });
         fs.cpSync(from, copy, { recursive: true, preserveTimestamps: true });
       }
     };
@@ -99,7 +106,7 @@ test.each(['vm', 'vm.img'])(
 );
 
 test('a first backup that was killed starts again, and leaves no files of the killed run', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
+  const disk = new BackedUpDisk(withDaemon(), SIZE);
   await disk.create();
   await disk.write(0, patterned(3 * MIB, 1));
   const directory = temporaryDirectory();
@@ -137,7 +144,7 @@ function startPaused(call: 'read' | 'write', store: string, args: readonly strin
 }
 
 test('a second run and a restore are refused while a run is at work; a stopped run cleans up', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
+  const disk = new BackedUpDisk(withDaemon(), SIZE);
   await disk.create();
   await disk.write(0, patterned(3 * MIB, 1));
   const { target } = disk;
@@ -164,7 +171,7 @@ test('a second run and a restore are refused while a run is at work; a stopped r
 });
 
 test('a backup that is stopped while it copies leaves neither snapshot nor files', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), PAUSED_SIZE);
+  const disk = new BackedUpDisk(withDaemon(), PAUSED_SIZE);
   await disk.create();
   await disk.write(0, patterned(PAUSED_SIZE, 1));
   const to = path.join(temporaryDirectory(), 'vm');
@@ -184,7 +191,7 @@ test('a full target is reported, keeps its backups, and takes the next one when 
   const mounted = await run('mount', ['-t', 'tmpfs', '-o', 'size=6m', 'tmpfs', directory]);
   if (mounted.code !== 0) return skipBecause(context, `no small filesystem: ${mounted.stderr.trim()}`);
   try {
-    const disk = new BackedUpDisk(await testStore('through a daemon'), 16 * MIB);
+    const disk = new BackedUpDisk(withDaemon(), 16 * MIB);
     await disk.create();
     await disk.write(0, patterned(3 * MIB, 1));
     const to = path.join(directory, 'vm');
@@ -206,7 +213,7 @@ test('a full target is reported, keeps its backups, and takes the next one when 
 });
 
 test('a target that goes away during the backup is an error in one line, and the disk is unchanged', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
+  const disk = new BackedUpDisk(withDaemon(), SIZE);
   await disk.create();
   await disk.write(0, patterned(MIB, 1));
   const to = path.join(temporaryDirectory(), 'vm');
@@ -221,7 +228,7 @@ test('a target that goes away during the backup is an error in one line, and the
 });
 
 test('a restore that is stopped or loses the daemon leaves no partial VDI that looks complete', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), PAUSED_SIZE);
+  const disk = new BackedUpDisk(withDaemon(), PAUSED_SIZE);
   await disk.create();
   await disk.write(0, patterned(PAUSED_SIZE, 1));
   const { target } = disk;

@@ -1,6 +1,6 @@
 /**
  * Targets that changed since the last run: copied, restored from elsewhere, or with files in them that another program has made.
- * Commands touch nothing outside the target, never wait for ever, and print only text.
+ * Commands touch nothing outside the target, always end, and print only text.
  */
 import { createHash } from 'node:crypto';
 import { spawn } from 'node:child_process';

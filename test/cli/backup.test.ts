@@ -4,16 +4,29 @@ import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { run, temporaryDirectory } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, qemuMissing, readWithQemu, type BackupResult } from './backups.js';
-import { attach, diskUsage, lastLineOf, MIB, oneLineOf, patterned, testStore, WAYS, type Way } from './both-ways.js';
+import {
+  attach,
+  diskUsage,
+  lastLineOf,
+  MIB,
+  oneLineOf,
+  patterned,
+  sharedStore,
+  testStore,
+  WAYS,
+  type Way,
+} from './both-ways.js';
 
 const KIB = 1024;
 /** A quarter of an object: small disks keep the tests fast. */
 const UNIT = 256 * KIB;
 const SIZE = 48 * UNIT;
 
+const withDaemon = sharedStore('through a daemon');
+
 /** 48 units, data in the first 16 and in one at 40, the rest unwritten. */
 async function diskWithData(way: Way): Promise<BackedUpDisk> {
-  const disk = new BackedUpDisk(await testStore(way), SIZE);
+  const disk = new BackedUpDisk(way === 'through a daemon' ? withDaemon() : await testStore(way), SIZE);
   await disk.create();
   await disk.write(0, patterned(16 * UNIT, 1));
   await disk.write(40 * UNIT, patterned(UNIT, 2));

@@ -132,7 +132,7 @@ export class BackedUpDisk {
     await this.target.ok('vdi', 'delete', 'restored');
   }
 
-  /** Through the daemon if there is one, else in this process, because starting another one is slow. */
+  /** Through the daemon if there is one, else in this process: starting a process for each write is slow. */
   async #change(change: (disk: Disk) => Promise<void>): Promise<void> {
     const { store } = this.target;
     const operations = await openOperations({ store, isStoreGiven: true, mayCreate: false, control: undefined });

@@ -15,7 +15,18 @@ import {
   temporaryDirectory,
   waitUntil,
 } from '../harness/daemon.js';
-import { attach, diskUsage, expectBytes, MIB, oneLineOf, patterned, storeWith, testStore, WAYS } from './both-ways.js';
+import {
+  attach,
+  diskUsage,
+  expectBytes,
+  MIB,
+  oneLineOf,
+  patterned,
+  sharedStore,
+  storeWith,
+  testStore,
+  WAYS,
+} from './both-ways.js';
 
 const PAUSED_IO = path.resolve(import.meta.dirname, 'paused-io.mjs');
 /** Space that a filesystem may need beyond the data itself. */
@@ -54,8 +65,10 @@ function collected(child: ChildProcess): () => string {
 }
 
 describe.each(WAYS)('%s', (way) => {
+  const store = sharedStore(way);
+
   test('an import carries only data, and an export makes holes again', async () => {
-    const target = await testStore(way);
+    const target = store();
     const directory = temporaryDirectory();
     const { file, content, dataBytes } = sparseImage(directory);
     const out = path.join(directory, 'out.img');
@@ -73,7 +86,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('zeros in the image use no space either', async () => {
-    const target = await testStore(way);
+    const target = store();
     const file = path.join(temporaryDirectory(), 'full.img');
     const content = Buffer.alloc(16 * MIB);
     patterned(65536, 1).copy(content, 8 * MIB);
@@ -83,7 +96,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('an import from stdin makes a VDI of its length, an export to stdout gives all its bytes', async () => {
-    const target = await testStore(way);
+    const target = store();
     const { content } = sparseImage(temporaryDirectory());
     const result = await target.run(['import', '-', 'vm'], { input: content });
     expect(result.code, result.stderr).toBe(0);
@@ -95,11 +108,11 @@ describe.each(WAYS)('%s', (way) => {
     expectBytes(back.stdoutBytes, content);
   });
 
-  // A daemon is sent the same requests, whatever the length.
+  // A daemon gets the same requests for every length.
   test.each(way === 'through a daemon' ? [511, 4 * MIB + 77] : [1, 511, 512, 513, MIB + 1, 4 * MIB + 77])(
     'an image of %d bytes is filled up to a whole sector',
     async (size) => {
-      const target = await testStore(way);
+      const target = store();
       const file = path.join(temporaryDirectory(), 'odd.img');
       const content = patterned(size, size);
       fs.writeFileSync(file, content);
@@ -114,7 +127,7 @@ describe.each(WAYS)('%s', (way) => {
   );
 
   test('--size makes the VDI larger than the image, --block-size-shift its objects', async () => {
-    const target = await testStore(way);
+    const target = store();
     const { file, content } = sparseImage(temporaryDirectory());
     await target.ok('import', file, 'vm', '--size', '30M', '--block-size-shift', '20');
     expect(await target.json('vdi', 'show', 'vm')).toMatchObject({ size: 30 * MIB, blockSizeShift: 20 });
@@ -124,7 +137,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('--overwrite leaves no old data, not even beyond the end of the image', async () => {
-    const target = await testStore(way);
+    const target = store();
     const { file, content } = sparseImage(temporaryDirectory());
     const old = patterned(30 * MIB, 9);
     await target.fill('vm', old);
@@ -140,7 +153,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('--force replaces a file only when the new one is complete', async () => {
-    const target = await testStore(way);
+    const target = store();
     const directory = temporaryDirectory();
     const out = path.join(directory, 'out.img');
     fs.writeFileSync(out, 'precious');
@@ -156,7 +169,7 @@ describe.each(WAYS)('%s', (way) => {
     ['SIGINT', 130],
     ['SIGTERM', 143],
   ] as const)('%s during an import removes the half VDI and exits with %d', async (signal, code) => {
-    const target = await testStore(way);
+    const target = store();
     const child = start(target.store, ['import', '-', 'half', '--raw'], ['pipe', 'ignore', 'pipe']);
     const stderr = collected(child);
     // It has read 8 MiB and waits for more, which never comes.
@@ -171,7 +184,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('SIGINT during an import --overwrite does not remove the VDI', async () => {
-    const target = await testStore(way);
+    const target = store();
     await target.ok('vdi', 'create', 'vm', '64M');
     const child = start(target.store, ['import', '-', 'vm', '--overwrite', '--raw'], ['pipe', 'ignore', 'pipe']);
     await new Promise((resolve) => child.stdin?.write(patterned(8 * MIB, 1), resolve));
@@ -181,7 +194,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('SIGINT during an export removes the .partial file, keeps the old file, and exits with 130', async () => {
-    const target = await testStore(way);
+    const target = store();
     const directory = temporaryDirectory();
     const out = path.join(directory, 'out.img');
     fs.writeFileSync(out, 'precious');
@@ -205,7 +218,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('SIGINT while nobody reads the image ends the export, and its temporary snapshot', async () => {
-    const target = await testStore(way);
+    const target = store();
     await target.fill('vm', patterned(16 * MIB, 1));
     const child = start(target.store, ['export', 'vm@now', '-'], ['ignore', 'pipe', 'pipe']);
     const stderr = collected(child);
@@ -218,7 +231,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('a reader that goes away makes `export -` fail: the image is not complete', async () => {
-    const target = await testStore(way);
+    const target = store();
     await target.fill('vm', patterned(16 * MIB, 1));
     const child = start(target.store, ['export', 'vm@now', '-'], ['ignore', 'pipe', 'pipe']);
     const stderr = collected(child);
@@ -232,7 +245,7 @@ describe.each(WAYS)('%s', (way) => {
 
   test('a full device makes an export fail with the reason', async (context) => {
     if (!fs.existsSync('/dev/full')) return skipBecause(context, 'no /dev/full here');
-    const target = await testStore(way);
+    const target = store();
     await target.fill('vm', patterned(4 * MIB, 1));
     const result = await target.run(['export', 'vm', '/dev/full']);
     expect(oneLineOf(result, 1, 'export')).toMatch(
@@ -251,7 +264,7 @@ describe.each(WAYS)('%s', (way) => {
 
   test('an export to a named pipe writes the image in order', async (context) => {
     if (!haveCommand('mkfifo')) return skipBecause(context, 'no mkfifo here');
-    const target = await testStore(way);
+    const target = store();
     const content = patterned(5 * MIB, 3);
     await target.fill('vm', content);
     const fifo = path.join(temporaryDirectory(), 'fifo');
