@@ -186,13 +186,14 @@ describe('verifying', () => {
     await target.ok('vdi', 'create', 'vm', '64G');
     const to = newTarget();
     await target.ok('backup', 'vm', '--to', to);
-    // Stored zeros, which must be read. The third block waits until the test says so.
+    // Stored zeros, which must be read. The hashes are read first, then two blocks, and the next waits until the test says so.
     const fd = fs.openSync(path.join(to, 'base-1.img'), 'r+');
     for (let n = 0; n < 4; n++) fs.writeSync(fd, Buffer.alloc(4 * MIB), 0, 4 * MIB, n * 128 * MIB);
     fs.closeSync(fd);
     const pausedUntil = (file: string): Record<string, string> => ({
       SHEEPGATE_STORE: target.store,
       PAUSED_CALL: 'read',
+      PAUSED_AFTER: '4',
       PAUSED_UNTIL: file,
     });
     const signalled = path.join(temporaryDirectory(), 'signalled');
