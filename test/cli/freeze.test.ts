@@ -95,12 +95,12 @@ test('a snapshot that is taken after the timeout is not used', async () => {
     '--thaw-cmd',
     `${says('thaw')}; kill -CONT ${pid}`,
   ];
-  const refusal = await target.fails('backup', 'vm', '--to', to, ...hooks, '--freeze-timeout', '3');
-  expect(refusal).toMatch(/the snapshot was not taken within 3 s of the freeze, and the thaw command was run/);
+  const refusal = await target.fails('backup', 'vm', '--to', to, ...hooks, '--freeze-timeout', '2');
+  expect(refusal).toMatch(/the snapshot was not taken within 2 s of the freeze, and the thaw command was run/);
   expect(done()).toEqual(['freeze', 'thaw']);
   expect(await target.names()).toEqual(['vm']);
-  expect(await target.fails('vdi', 'snapshot', 'vm', 'late', ...hooks, '--freeze-timeout', '3')).toMatch(
-    /was not taken within 3 s/,
+  expect(await target.fails('vdi', 'snapshot', 'vm', 'late', ...hooks, '--freeze-timeout', '2')).toMatch(
+    /was not taken within 2 s/,
   );
   expect(await target.names()).toEqual(['vm']);
 });
