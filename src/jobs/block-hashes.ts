@@ -10,6 +10,7 @@ import { isZeros } from '../system/zeros.js';
 import { readWhole, replaceFile } from './target-files.js';
 
 const HASH_BYTES = 32;
+const HASH_WORDS = HASH_BYTES / Uint32Array.BYTES_PER_ELEMENT;
 /** The entry of a block of zeros. */
 export const NO_HASH = Buffer.alloc(HASH_BYTES);
 /** A block is a data object of the VDI, but not larger than this: several blocks are in memory at a time. */
@@ -31,6 +32,8 @@ export class BlockHashes {
   /** Blocks of the disk; the last one may be shorter than blockBytes. */
   readonly count: number;
   readonly #table: Buffer;
+  /** The same bytes. A disk of terabytes has a million entries, nearly all zeros, and a Buffer for each would cost most of it. */
+  readonly #words: Uint32Array;
 
   /** All zeros, or a copy of `previous`, filled up with zeros or cut to `size`. Errors: TOO_LARGE. */
   constructor(
@@ -46,6 +49,7 @@ export class BlockHashes {
       );
     }
     this.#table = Buffer.alloc(this.count * HASH_BYTES);
+    this.#words = new Uint32Array(this.#table.buffer, this.#table.byteOffset, this.count * HASH_WORDS);
     if (previous) previous.#table.copy(this.#table);
   }
 
@@ -84,25 +88,29 @@ export class BlockHashes {
   }
 
   isZero(index: number): boolean {
-    return index >= this.count || this.#entry(index).equals(NO_HASH);
+    if (index >= this.count) return true;
+    const from = index * HASH_WORDS;
+    for (let n = from; n < from + HASH_WORDS; n++) if (this.#words[n] !== 0) return false;
+    return true;
   }
 
   /** Whether the block has this hash. Blocks behind the end are zeros. */
   is(index: number, hash: Buffer): boolean {
-    return index >= this.count ? hash.equals(NO_HASH) : this.#entry(index).equals(hash);
+    if (index >= this.count) return hash.equals(NO_HASH);
+    const from = index * HASH_BYTES;
+    return this.#table.compare(hash, 0, HASH_BYTES, from, from + HASH_BYTES) === 0;
   }
 
   /** Whether the block has the same hash in both tables. Blocks behind the end are zeros. */
   agrees(index: number, other: BlockHashes): boolean {
     if (index >= this.count) return other.isZero(index);
-    return other.is(index, this.#entry(index));
+    if (index >= other.count) return this.isZero(index);
+    const from = index * HASH_WORDS;
+    for (let n = from; n < from + HASH_WORDS; n++) if (this.#words[n] !== other.#words[n]) return false;
+    return true;
   }
 
   set(index: number, hash: Buffer): void {
     hash.copy(this.#table, index * HASH_BYTES);
-  }
-
-  #entry(index: number): Buffer {
-    return this.#table.subarray(index * HASH_BYTES, (index + 1) * HASH_BYTES);
   }
 }

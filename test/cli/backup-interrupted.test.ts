@@ -8,13 +8,18 @@ import path from 'node:path';
 import { expect, test } from 'vitest';
 import { BIN, ended, run, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, qemuMissing, readWithQemu } from './backups.js';
-import { attach, MIB, oneLineOf, patterned, storeWith, testStore } from './both-ways.js';
+import { attach, MIB, oneLineOf, patterned, sharedStore, storeWith, testStore } from './both-ways.js';
 
 const SIZE = 6 * MIB;
+/** More blocks than a job has in flight: some are not begun when it is stopped. */
+const PAUSED_SIZE = 24 * MIB;
 const KILL_AT = path.resolve(import.meta.dirname, 'kill-at.mjs');
+const PAUSED_IO = path.resolve(import.meta.dirname, 'paused-io.mjs');
 /** Moments of a run to kill it at; all of them would take minutes. */
 const MOMENTS = 9;
 const TIMEOUT_MS = 300_000;
+
+const withDaemon = sharedStore('through a daemon');
 
 /** Run sheepgate with every change below `place` counted; killed before number `at`, if that is given. */
 async function killed(store: string, place: string, args: readonly string[], at?: number) {
@@ -50,11 +55,16 @@ test.each(['vm', 'vm.img'])(
     const place = path.join(scene, 'backups');
     const to = path.join(place, name);
     const setUp = (): void => {
+      // The folders of a store stay: there are 256 of them, nearly all empty.
+      if (fs.existsSync(store)) {
+        const entries = fs.readdirSync(store, { recursive: true, withFileTypes: true });
+        for (const entry of entries) if (!entry.isDirectory()) fs.rmSync(path.join(entry.parentPath, entry.name));
+      }
+      fs.rmSync(place, { recursive: true, force: true });
       for (const [from, copy] of [
         [original.target.store, store],
         [directory, place],
       ] as const) {
-        fs.rmSync(copy, { recursive: true, force: true });
         fs.cpSync(from, copy, { recursive: true, preserveTimestamps: true });
       }
     };
@@ -96,7 +106,7 @@ test.each(['vm', 'vm.img'])(
 );
 
 test('a first backup that was killed starts again, and leaves no files of the killed run', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
+  const disk = new BackedUpDisk(withDaemon(), SIZE);
   await disk.create();
   await disk.write(0, patterned(3 * MIB, 1));
   const directory = temporaryDirectory();
@@ -110,10 +120,15 @@ test('a first backup that was killed starts again, and leaves no files of the ki
   expect(await disk.checkAll(to)).toEqual([1]);
 });
 
-/** A backup that runs until it is ended: its freeze command waits. */
-function start(store: string, args: readonly string[]): { child: ChildProcess; stderr: () => string } {
-  const child = spawn(process.execPath, [BIN, ...args], {
-    env: { ...process.env, SHEEPGATE_STORE: store },
+interface Started {
+  readonly child: ChildProcess;
+  readonly stderr: () => string;
+}
+
+/** A sheepgate that still runs when this returns. */
+function start(store: string, args: readonly string[], env: NodeJS.ProcessEnv = {}, options: string[] = []): Started {
+  const child = spawn(process.execPath, [...options, BIN, ...args], {
+    env: { ...process.env, SHEEPGATE_STORE: store, ...env },
     stdio: ['ignore', 'ignore', 'pipe'],
   });
   let text = '';
@@ -121,8 +136,15 @@ function start(store: string, args: readonly string[]): { child: ChildProcess; s
   return { child, stderr: () => text };
 }
 
+/** ... whose third read or write of a block waits until `goOn` is called: until then it is in the middle of its work. */
+function startPaused(call: 'read' | 'write', store: string, args: readonly string[]): Started & { goOn: () => void } {
+  const until = path.join(temporaryDirectory(), 'until');
+  const env = { PAUSED_CALL: call, PAUSED_UNTIL: until };
+  return { ...start(store, args, env, ['--import', PAUSED_IO]), goOn: () => fs.writeFileSync(until, '') };
+}
+
 test('a second run and a restore are refused while a run is at work; a stopped run cleans up', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
+  const disk = new BackedUpDisk(withDaemon(), SIZE);
   await disk.create();
   await disk.write(0, patterned(3 * MIB, 1));
   const { target } = disk;
@@ -149,14 +171,15 @@ test('a second run and a restore are refused while a run is at work; a stopped r
 });
 
 test('a backup that is stopped while it copies leaves neither snapshot nor files', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), 256 * MIB);
+  const disk = new BackedUpDisk(withDaemon(), PAUSED_SIZE);
   await disk.create();
-  for (let at = 0; at < 256; at += 16) await disk.write(at * MIB, patterned(16 * MIB, at + 1));
+  await disk.write(0, patterned(PAUSED_SIZE, 1));
   const to = path.join(temporaryDirectory(), 'vm');
   const partial = path.join(to, 'base-1.img.partial');
-  const { child, stderr } = start(disk.target.store, ['backup', 'vm', '--to', to]);
+  const { child, stderr, goOn } = startPaused('write', disk.target.store, ['backup', 'vm', '--to', to]);
   await waitUntil(() => (fs.statSync(partial, { throwIfNoEntry: false })?.blocks ?? 0) > 0, 'it copies');
   child.kill('SIGTERM');
+  goOn();
   expect(await ended(child), stderr()).toEqual({ code: 143, signal: null });
   expect(fs.readdirSync(to).sort()).toEqual(['lock', 'manifest.json']);
   expect(await disk.target.names()).toEqual(['vm']);
@@ -168,7 +191,7 @@ test('a full target is reported, keeps its backups, and takes the next one when 
   const mounted = await run('mount', ['-t', 'tmpfs', '-o', 'size=6m', 'tmpfs', directory]);
   if (mounted.code !== 0) return skipBecause(context, `no small filesystem: ${mounted.stderr.trim()}`);
   try {
-    const disk = new BackedUpDisk(await testStore('through a daemon'), 16 * MIB);
+    const disk = new BackedUpDisk(withDaemon(), 16 * MIB);
     await disk.create();
     await disk.write(0, patterned(3 * MIB, 1));
     const to = path.join(directory, 'vm');
@@ -190,7 +213,7 @@ test('a full target is reported, keeps its backups, and takes the next one when 
 });
 
 test('a target that goes away during the backup is an error in one line, and the disk is unchanged', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), SIZE);
+  const disk = new BackedUpDisk(withDaemon(), SIZE);
   await disk.create();
   await disk.write(0, patterned(MIB, 1));
   const to = path.join(temporaryDirectory(), 'vm');
@@ -205,15 +228,16 @@ test('a target that goes away during the backup is an error in one line, and the
 });
 
 test('a restore that is stopped or loses the daemon leaves no partial VDI that looks complete', async () => {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), 256 * MIB);
+  const disk = new BackedUpDisk(withDaemon(), PAUSED_SIZE);
   await disk.create();
-  for (let at = 0; at < 256; at += 16) await disk.write(at * MIB, patterned(16 * MIB, at + 1));
+  await disk.write(0, patterned(PAUSED_SIZE, 1));
   const { target } = disk;
   const image = path.join(temporaryDirectory(), 'vm.img');
   await disk.backup(image);
-  const { child, stderr } = start(target.store, ['restore', image, 'again']);
+  const { child, stderr, goOn } = startPaused('read', target.store, ['restore', image, 'again']);
   await waitUntil(async () => (await target.names()).includes('again'), 'it restores');
   child.kill('SIGINT');
+  goOn();
   expect(await ended(child), stderr()).toEqual({ code: 130, signal: null });
   expect(await target.names()).not.toContain('again');
   // A client has it open: the restore must not overwrite it.

@@ -1,16 +1,17 @@
 /**
  * Targets that changed since the last run: copied, restored from elsewhere, or with files in them that another program has made.
- * Commands touch nothing outside the target, never wait for ever, and print only text.
+ * Commands touch nothing outside the target, always end, and print only text.
  */
 import { createHash } from 'node:crypto';
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { BIN, ended, haveCommand, ok, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, ok, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, type BackupResult } from './backups.js';
 import { GIB, lastLineOf, MIB, oneLineOf, patterned, storeWith, testStore, type TestStore } from './both-ways.js';
 
+const PAUSED_IO = path.resolve(import.meta.dirname, 'paused-io.mjs');
 const SIZE = 8 * MIB;
 const TIB = 2 ** 40;
 
@@ -37,7 +38,7 @@ describe('hashes', () => {
     const hash = createHash('sha256');
     for (let at = 0; at < content.length; at += blockBytes) {
       const block = content.subarray(at, at + blockBytes);
-      const isZero = block.every((byte) => byte === 0);
+      const isZero = block.equals(Buffer.alloc(block.length));
       hash.update(isZero ? Buffer.alloc(32) : createHash('sha256').update(block).digest());
     }
     return hash.digest('hex');
@@ -57,7 +58,7 @@ describe('hashes', () => {
     const there = path.join(temporaryDirectory(), 'store');
     const migrate = async (...args: string[]): Promise<Hashes> => {
       const places = ['--from', disk.target.store, '--to', there, '--json'];
-      const { stdout } = await run(process.execPath, [BIN, 'migrate', 'restored', ...places, ...args]);
+      const { stdout } = await cli(['migrate', 'restored', ...places, ...args]);
       return (JSON.parse(stdout) as { working: Hashes }).working;
     };
     expect(await migrate('--sha256')).toMatchObject(wanted);
@@ -185,24 +186,30 @@ describe('verifying', () => {
     await target.ok('vdi', 'create', 'vm', '64G');
     const to = newTarget();
     await target.ok('backup', 'vm', '--to', to);
-    // Stored zeros, which must be read.
+    // Stored zeros, which must be read. The hashes are read first, then two blocks, and the next waits until the test says so.
     const fd = fs.openSync(path.join(to, 'base-1.img'), 'r+');
-    for (let n = 0; n < 128; n++) fs.writeSync(fd, Buffer.alloc(4 * MIB), 0, 4 * MIB, n * 128 * MIB);
+    for (let n = 0; n < 4; n++) fs.writeSync(fd, Buffer.alloc(4 * MIB), 0, 4 * MIB, n * 128 * MIB);
     fs.closeSync(fd);
-    const child = spawn(process.execPath, [BIN, 'backup', 'vm', '--to', to], {
-      env: { ...process.env, SHEEPGATE_STORE: target.store },
+    const pausedUntil = (file: string): Record<string, string> => ({
+      SHEEPGATE_STORE: target.store,
+      PAUSED_CALL: 'read',
+      PAUSED_AFTER: '4',
+      PAUSED_UNTIL: file,
+    });
+    const signalled = path.join(temporaryDirectory(), 'signalled');
+    const child = spawn(process.execPath, ['--import', PAUSED_IO, BIN, 'backup', 'vm', '--to', to], {
+      env: { ...process.env, ...pausedUntil(signalled) },
       stdio: ['ignore', 'ignore', 'pipe'],
     });
     let stderr = '';
     child.stderr.setEncoding('utf8').on('data', (text: string) => (stderr += text));
     await waitUntil(() => stderr.includes('\n') || child.exitCode !== null, 'it says what it does');
-    child.kill('SIGSTOP');
     expect(stderr).toMatch(
       /^sheepgate: note: changed since the last run: .*base-1\.img; comparing the stored backups.*\n$/,
     );
     expect(await target.names()).toHaveLength(2);
     child.kill('SIGTERM');
-    child.kill('SIGCONT');
+    fs.writeFileSync(signalled, '');
     const toldAt = Date.now();
     expect(await ended(child)).toMatchObject({ code: 143 });
     expect(stderr.split('\n')[1]).toBe('sheepgate: interrupted by SIGTERM');
@@ -210,10 +217,17 @@ describe('verifying', () => {
     expect(await target.names()).toHaveLength(2);
     if (!haveCommand('script'))
       return void console.log('no script (util-linux): progress on a terminal is not looked at');
-    const command = `'${process.execPath}' '${BIN}' backup vm --to '${to}'`;
-    const shown = await run('script', ['-qec', command, '/dev/null'], { env: { SHEEPGATE_STORE: target.store } });
-    expect(shown.code, shown.stdout).toBe(0);
-    expect(shown.stdout).toMatch(/\r\x1b\[Kcomparing with the hashes: [\d.]+ [KMG]iB of 64 GiB, \d+ %/);
+    const seen = path.join(temporaryDirectory(), 'seen');
+    const variables = Object.entries(pausedUntil(seen)).map(([name, value]) => `${name}='${value}'`);
+    const command = `'${process.execPath}' --import '${PAUSED_IO}' '${BIN}' backup vm --to '${to}'`;
+    const terminal = start('script', ['-qec', `${variables.join(' ')} ${command}`, '/dev/null']);
+    let shown = '';
+    terminal.stdout.setEncoding('utf8').on('data', (text: string) => (shown += text));
+    const progress = /\r\x1b\[Kcomparing with the hashes: [\d.]+ [KMG]iB of 64 GiB, \d+ %/;
+    await waitUntil(() => progress.test(shown) || terminal.exitCode !== null, 'it shows its progress');
+    fs.writeFileSync(seen, '');
+    expect(await ended(terminal), shown).toMatchObject({ code: 0 });
+    expect(shown).toMatch(progress);
   }, 180_000);
 });
 
@@ -251,7 +265,7 @@ describe('a target and a store that do not match', () => {
     expect(refusal).toContain(`'sheepgate restore ${to} NEW-NAME' restores it`);
     expect(refusal).not.toMatch(/older copy of a target/);
     await behind.ok('restore', to, 'newer');
-    expect(hashOf((await behind.run(['export', 'newer', '-'])).stdoutBytes)).toBe(hashOf(disk.content));
+    expect(hashOf(await behind.contentOf('newer'))).toBe(hashOf(disk.content));
     expect(await behind.json('backup', 'vm', '--to', to, '--compare')).toMatchObject({ id: 4, kind: 'incremental' });
   });
 });
@@ -403,7 +417,7 @@ describe('in a target that others can write to', () => {
     Buffer.from('/dev/full'.padEnd(below.length, '\0')).copy(content, at);
     fs.writeFileSync(file, content);
     await disk.target.ok('restore', to, 'restored');
-    expect(hashOf((await disk.target.run(['export', 'restored', '-'])).stdoutBytes)).toBe(hashOf(disk.content));
+    expect(hashOf(await disk.target.contentOf('restored'))).toBe(hashOf(disk.content));
   });
 
   test('the content of a manifest is printed without control characters', async () => {

@@ -2,7 +2,7 @@
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { expect, onTestFinished, test } from 'vitest';
+import { beforeAll, expect, onTestFinished, test } from 'vitest';
 import { BlockDevice } from '../../src/jobs/block-device.js';
 import { PartialFile } from '../../src/jobs/partial-file.js';
 import { tryLock } from '../../src/system/libc.js';
@@ -14,16 +14,14 @@ import { diskUsage, expectBytes, MIB, oneLineOf, patterned, testStore, type Test
 const SIZE = 16 * MIB;
 const DATA_AT = 9 * MIB;
 
-/** A VDI "vm" with 3 MiB of data in it. */
-async function storeWithDisk(): Promise<{ target: TestStore; content: Buffer }> {
-  const target = await testStore('directly on the store');
-  const content = Buffer.alloc(SIZE);
-  patterned(3 * MIB, 1).copy(content, DATA_AT);
-  const image = path.join(temporaryDirectory(), 'vm.img');
-  fs.writeFileSync(image, content);
-  await target.ok('import', image, 'vm');
-  return { target, content };
-}
+/** A VDI "vm" with 3 MiB of data in it, for all tests: they only export it. */
+let target: TestStore;
+const content = Buffer.alloc(SIZE);
+patterned(3 * MIB, 1).copy(content, DATA_AT);
+beforeAll(async () => {
+  target = await testStore('directly on the store');
+  await target.fill('vm', content);
+});
 
 /** What the device holds, read through itself. */
 function bytesOf(device: string, length: number): Buffer {
@@ -36,7 +34,6 @@ function bytesOf(device: string, length: number): Buffer {
 
 test('a mounted device is not overwritten, not even with --force', async (context) => {
   if (!haveCommand('mkfs.ext4')) return skipBecause(context, 'mkfs.ext4 is not installed');
-  const { target } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE);
   const files = temporaryDirectory();
   fs.writeFileSync(path.join(files, 'precious'), 'data');
@@ -53,7 +50,6 @@ test('a mounted device is not overwritten, not even with --force', async (contex
 });
 
 test('a device that is too small is not written to', async (context) => {
-  const { target } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE - MIB);
   const refused = oneLineOf(await target.run(['export', 'vm', device]), 1, 'export');
   expect(refused).toMatch(/has 15728640 bytes, too few for the image of 16777216 bytes; nothing was written/);
@@ -68,18 +64,16 @@ test.each([
   ['an LVM physical volume', 'pvcreate', ['-q', '-y']],
 ] as const)('%s on a device asks for --force (%s)', async (what, command, args) => {
   if (!haveCommand(command)) return console.log(`skipped: ${command} is not installed`);
-  const { target } = await storeWithDisk();
   const file = path.join(temporaryDirectory(), 'made');
   fs.closeSync(fs.openSync(file, 'w'));
   fs.truncateSync(file, 320 * MIB);
   const made = await run(command, [...args, file]);
   if (made.code !== 0) return console.log(`skipped: ${command}: ${made.stderr}`);
-  const image = (await target.run(['export', 'vm', '-'])).stdoutBytes;
   await onDevice(file, async (device) => {
-    await expectRefused(target, device, what);
+    await expectRefused(device, what);
     const forced = await target.run(['export', 'vm', device, '--force', '--json']);
     expect(forced.code, forced.stderr).toBe(0);
-    expectBytes(bytesOf(device, SIZE), image);
+    expectBytes(bytesOf(device, SIZE), content);
   });
 });
 
@@ -95,12 +89,12 @@ test.each([
   ['data of an unknown kind', 'what is this', 500_000],
   ['data of an unknown kind', 'in a sample between the ends', SIZE / 2 + 4096],
 ])('%s asks for --force', async (what, mark, at) => {
-  const { target } = await storeWithDisk();
   const file = path.join(temporaryDirectory(), 'made');
-  const content = Buffer.alloc(SIZE);
-  Buffer.from(mark, 'latin1').copy(content, at);
-  fs.writeFileSync(file, content);
-  await onDevice(file, (device) => expectRefused(target, device, what));
+  const fd = fs.openSync(file, 'w');
+  fs.writeSync(fd, Buffer.from(mark, 'latin1'), 0, mark.length, at);
+  fs.closeSync(fd);
+  fs.truncateSync(file, SIZE);
+  await onDevice(file, (device) => expectRefused(device, what));
 });
 
 /** Runs with the file as a loop device, if loop devices are available. */
@@ -118,7 +112,7 @@ async function onDevice(file: string, work: (device: string) => Promise<void>): 
   }
 }
 
-async function expectRefused(target: TestStore, device: string, what: string): Promise<void> {
+async function expectRefused(device: string, what: string): Promise<void> {
   const before = bytesOf(device, SIZE);
   const refused = oneLineOf(await target.run(['export', 'vm', device]), 1, 'export');
   expect(refused).toContain(`${device} holds ${what}; --force overwrites it; nothing was written`);
@@ -126,7 +120,6 @@ async function expectRefused(target: TestStore, device: string, what: string): P
 }
 
 test('zeros are discarded: a device that was full becomes as thin as the disk', async (context) => {
-  const { target, content } = await storeWithDisk();
   const { device, backing } = loopDevice(context, SIZE + 3 * MIB);
   const full = patterned(SIZE + 3 * MIB, 7);
   fs.writeFileSync(device, full);
@@ -144,7 +137,6 @@ test('zeros are discarded: a device that was full becomes as thin as the disk', 
 });
 
 test('zeros are written if the device does not support discard', async (context) => {
-  const { target, content } = await storeWithDisk();
   const directory = path.join(temporaryDirectory(), 'ramfs');
   fs.mkdirSync(directory);
   try {
@@ -167,7 +159,6 @@ test('zeros are written if the device does not support discard', async (context)
 });
 
 test('an empty thin device stays thin', async (context) => {
-  const { target, content } = await storeWithDisk();
   const { device, backing } = loopDevice(context, SIZE);
   const result = await target.run(['export', 'vm', device, '--json']);
   expect(result.code, result.stderr).toBe(0);
@@ -176,7 +167,6 @@ test('an empty thin device stays thin', async (context) => {
 });
 
 test('links, fifos and another export at the path of the partial image are not written through', async (context) => {
-  const { target, content } = await storeWithDisk();
   const directory = temporaryDirectory();
   const outside = path.join(temporaryDirectory(), 'precious');
   fs.writeFileSync(outside, 'precious');
@@ -212,7 +202,6 @@ test('links, fifos and another export at the path of the partial image are not w
 });
 
 test('a link to a directory in the path of the image is followed, because the operator gave it', async () => {
-  const { target, content } = await storeWithDisk();
   const directory = temporaryDirectory();
   const real = path.join(directory, 'real');
   fs.mkdirSync(real);
@@ -222,16 +211,15 @@ test('a link to a directory in the path of the image is followed, because the op
 });
 
 /** Through a shell, with redirections as an operator types them. */
-function shell(target: TestStore, command: string, ...words: string[]): Promise<RunResult> {
+function shell(command: string, ...words: string[]): Promise<RunResult> {
   const env = { SHEEPGATE_STORE: target.store };
   return run('sh', ['-c', command.replaceAll('sheepgate', `'${process.execPath}' '${BIN}'`), 'sh', ...words], { env });
 }
 
 test('a block device as stdout or stdin: stdout is refused with the name to give, stdin is imported', async (context) => {
-  const { target, content } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE);
   for (const name of ['-', '/dev/stdout']) {
-    const refused = oneLineOf(await shell(target, 'sheepgate export vm "$1" 1<>"$2"', name, device), 2, 'export');
+    const refused = oneLineOf(await shell('sheepgate export vm "$1" 1<>"$2"', name, device), 2, 'export');
     expect(refused).toContain(
       `stdout is a block device: name a file or device instead of redirecting to it (${device})`,
     );
@@ -239,17 +227,16 @@ test('a block device as stdout or stdin: stdout is refused with the name to give
   expectBytes(bytesOf(device, SIZE), Buffer.alloc(SIZE));
   expect((await target.run(['export', 'vm', device])).code).toBe(0);
   expect(await target.json('import', device, 'named')).toMatchObject({ size: SIZE, dataBytes: 3 * MIB });
-  const fed = await shell(target, 'sheepgate import - fed < "$1"', device);
+  const fed = await shell('sheepgate import - fed < "$1"', device);
   expect({ code: fed.code, stderr: fed.stderr }).toEqual({ code: 0, stderr: '' });
-  const rest = await shell(target, '(head -c 1048576 > /dev/null; sheepgate import - rest) < "$1"', device);
+  const rest = await shell('(head -c 1048576 > /dev/null; sheepgate import - rest) < "$1"', device);
   expect({ code: rest.code, stderr: rest.stderr }).toEqual({ code: 0, stderr: '' });
-  expectBytes((await target.run(['export', 'named', '-'])).stdoutBytes, content);
-  expectBytes((await target.run(['export', 'fed', '-'])).stdoutBytes, content);
-  expectBytes((await target.run(['export', 'rest', '-'])).stdoutBytes, content.subarray(MIB));
+  expectBytes(await target.contentOf('named'), content);
+  expectBytes(await target.contentOf('fed'), content);
+  expectBytes(await target.contentOf('rest'), content.subarray(MIB));
 });
 
 test('a read-only device is refused before anything is copied', async (context) => {
-  const { target } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE);
   if (!haveCommand('blockdev')) return skipBecause(context, 'blockdev (util-linux) is not installed');
   execFileSync('blockdev', ['--setro', device]);
@@ -272,7 +259,6 @@ test('writing zeros to a device ends on a signal', async (context) => {
 });
 
 test('--force replaces the target of a link, and the link stays', async () => {
-  const { target, content } = await storeWithDisk();
   const directory = temporaryDirectory();
   const real = path.join(temporaryDirectory(), 'real.img');
   const link = path.join(directory, 'link.img');
@@ -285,9 +271,8 @@ test('--force replaces the target of a link, and the link stays', async () => {
 });
 
 test('/dev/stdout is stdout, and no file is created in /dev or /proc', async () => {
-  const { target, content } = await storeWithDisk();
   const out = path.join(temporaryDirectory(), 'out.img');
-  const result = await shell(target, 'sheepgate export vm /dev/stdout --force > "$1"', out);
+  const result = await shell('sheepgate export vm /dev/stdout --force > "$1"', out);
   expect(result.code, result.stderr).toBe(0);
   expectBytes(fs.readFileSync(out), content);
   const missing = `/dev/sheepgate-${process.pid}`;
@@ -297,7 +282,6 @@ test('/dev/stdout is stdout, and no file is created in /dev or /proc', async () 
 });
 
 test('for an image without space or directory, the error names the place and the remedy', async (context) => {
-  const { target } = await storeWithDisk();
   const nowhere = path.join(temporaryDirectory(), 'nodir');
   expect(await target.fails('export', 'vm', path.join(nowhere, 'x.img'))).toContain(
     `${nowhere} does not exist; create it`,
@@ -330,8 +314,8 @@ test('of two exports to one file, in any order, one writes it and the other is r
     others.push(other);
     await other.catch(() => undefined);
   };
-  // Between any two steps of the first one another one runs to its end: before and after the old file goes, and when the
-  // new one is there and not yet locked.
+  // A second export runs to its end between two steps of the first: before and after the first removes the old file, and
+  // when the first has created its file and not yet locked it.
   for (const step of ['before', 'after', 'made'] as const) {
     fs.writeFileSync(`${file}.partial`, 'left');
     others.length = 0;

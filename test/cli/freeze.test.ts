@@ -1,4 +1,4 @@
-/** --freeze-cmd and --thaw-cmd: the guest is frozen for the snapshot, and thawed whatever happens. */
+/** --freeze-cmd and --thaw-cmd: the guest is frozen for the snapshot, and thawed in every case. */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -7,7 +7,9 @@ import { createInterface } from 'node:readline';
 import { expect, test } from 'vitest';
 import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { BackedUpDisk, hashOf } from './backups.js';
-import { MIB, oneLineOf, patterned, testStore } from './both-ways.js';
+import { MIB, oneLineOf, patterned, sharedStore } from './both-ways.js';
+
+const store = sharedStore('through a daemon');
 
 /** A "guest": the commands append to a file what they do. */
 function guest() {
@@ -27,7 +29,7 @@ function guest() {
 }
 
 async function newDisk(): Promise<BackedUpDisk> {
-  const disk = new BackedUpDisk(await testStore('through a daemon'), 4 * MIB);
+  const disk = new BackedUpDisk(store(), 4 * MIB);
   await disk.create();
   await disk.write(0, patterned(MIB, 1));
   return disk;
@@ -93,12 +95,12 @@ test('a snapshot that is taken after the timeout is not used', async () => {
     '--thaw-cmd',
     `${says('thaw')}; kill -CONT ${pid}`,
   ];
-  const refusal = await target.fails('backup', 'vm', '--to', to, ...hooks, '--freeze-timeout', '3');
-  expect(refusal).toMatch(/the snapshot was not taken within 3 s of the freeze, and the thaw command was run/);
+  const refusal = await target.fails('backup', 'vm', '--to', to, ...hooks, '--freeze-timeout', '2');
+  expect(refusal).toMatch(/the snapshot was not taken within 2 s of the freeze, and the thaw command was run/);
   expect(done()).toEqual(['freeze', 'thaw']);
   expect(await target.names()).toEqual(['vm']);
-  expect(await target.fails('vdi', 'snapshot', 'vm', 'late', ...hooks, '--freeze-timeout', '3')).toMatch(
-    /was not taken within 3 s/,
+  expect(await target.fails('vdi', 'snapshot', 'vm', 'late', ...hooks, '--freeze-timeout', '2')).toMatch(
+    /was not taken within 2 s/,
   );
   expect(await target.names()).toEqual(['vm']);
 });
