@@ -20,8 +20,10 @@ export interface ApiPages {
 
 export async function makeApiPages(): Promise<ApiPages> {
   const program = ts.createProgram([INDEX], {
-    ...{ target: ts.ScriptTarget.ES2023, module: ts.ModuleKind.NodeNext, strict: true, types: ['node'] },
+    ...{ target: ts.ScriptTarget.ES2023, module: ts.ModuleKind.NodeNext, strict: true },
     moduleResolution: ts.ModuleResolutionKind.NodeNext,
+    // The pages are made from the text of declarations: the types of JavaScript and Node would only take time to read.
+    ...{ noLib: true, types: [] },
   });
   const checker = program.getTypeChecker();
   const source = program.getSourceFile(INDEX);

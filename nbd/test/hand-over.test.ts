@@ -141,7 +141,10 @@ describe('a hand-over in one process', () => {
     await until(() => server.memory.usedBytes > MIB, 'there is more than the system takes');
     const state = await handOver(server, second.server);
     expect(state.unsent.length).toBeGreaterThan(MIB / 2);
-    await until(() => second.server.connections.get(onlyId(second.server))?.phase === 'transmission', 'it goes on');
+    await until(
+      () => second.server.connections.get(onlyId(second.server))?.phase === 'transmission',
+      'the connection is served there',
+    );
     expect((await handOver(second.server, third.server)).unsent.length).toBeGreaterThan(MIB / 2);
     client.socket.resume();
     for (let n = 0; n < 6; n++) {
@@ -240,7 +243,7 @@ describe('a hand-over in one process', () => {
       client.send(stream.subarray(at, at + length));
       at += length;
       if (random.oneIn(2)) await new Promise((resolve) => setImmediate(resolve));
-      await until(() => from.connections.get(onlyId(from))?.phase === 'transmission', 'it goes on');
+      await until(() => from.connections.get(onlyId(from))?.phase === 'transmission', 'the connection is served there');
       await handOver(from, to);
       [from, to] = [to, from];
       moves++;

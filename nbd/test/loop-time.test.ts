@@ -22,7 +22,7 @@ test('time in which the server was stopped does not count, also not against clie
   // A server that closes keeps to its grace time: there the time counts.
   expect(stopped.now() - from.stopped).toBeGreaterThanOrEqual(1600);
   expect(closed).toEqual([]);
-  await until(() => closed.length > 0, 'the time of the client goes on, and is over');
+  await until(() => closed.length > 0, 'the time limit of the client has passed');
   watch.stop();
   time.stop();
 });

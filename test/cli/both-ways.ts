@@ -120,7 +120,7 @@ export async function attach(daemon: Daemon, name: string): Promise<NbdClient> {
 
 /** Like random data, the same every time, without a zero block. */
 export function patterned(size: number, seed: number): Buffer {
-  const data = Buffer.alloc(size, 1);
+  const data = Buffer.alloc(size);
   const words = new Uint32Array(data.buffer, data.byteOffset, size >>> 2);
   let state = seed >>> 0 || 1;
   for (let n = 0; n < words.length; n++) {

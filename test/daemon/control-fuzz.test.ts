@@ -5,10 +5,10 @@
  */
 import fs from 'node:fs';
 import net from 'node:net';
-import { expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { Random } from '../../nbd/test/fuzz/random.js';
 import { ControlClient } from '../../src/operations/control-client.js';
-import { startDaemon, waitUntil } from '../harness/daemon.js';
+import { startDaemon, waitUntil, type Daemon } from '../harness/daemon.js';
 
 const INPUTS = Number(process.env.SHEEPGATE_FUZZ_INPUTS ?? 2_000);
 const SEED = Number(process.env.SHEEPGATE_FUZZ_SEED ?? 1);
@@ -142,10 +142,14 @@ test('random and broken requests on the control socket do not harm the daemon', 
   expect(await daemon.stop()).toEqual({ code: 0, signal: null });
 }, 600_000);
 
-test.each(['websocket', 'h2c', 'nbd'])(
-  'a client that requests an upgrade to %s and leaves at once ends only its own connection',
-  async (protocol) => {
-    const daemon = await startDaemon();
+describe('a client that requests an upgrade and leaves at once ends only its own connection', () => {
+  let daemon: Daemon;
+  beforeAll(async () => {
+    daemon = await startDaemon();
+  });
+  afterAll(async () => expect(await daemon.stop()).toEqual({ code: 0, signal: null }));
+
+  test.each(['websocket', 'h2c', 'nbd'])('to %s', async (protocol) => {
     for (let n = 0; n < 50; n++) {
       await new Promise<void>((resolve) => {
         const socket = net.connect(daemon.control, () => {
@@ -157,6 +161,5 @@ test.each(['websocket', 'h2c', 'nbd'])(
       });
     }
     expect((await new ControlClient(daemon.control).status()).pid).toBe(daemon.child.pid);
-    expect(await daemon.stop()).toEqual({ code: 0, signal: null });
-  },
-);
+  });
+});

@@ -259,7 +259,7 @@ test('snapshots, clones, growing and deleting do not disturb a writer', async ()
   for (let round = 0; round < 8; round++) {
     const tag = `t${round}`;
     const begun = generation;
-    await waitUntil(() => generation > begun, 'the writer goes on');
+    await waitUntil(() => generation > begun, 'the writer has finished another round');
     await operations.snapshot('vm', tag);
     await operations.clone(`vm@${tag}`, `clone${round}`);
     await operations.resize('vm', (65 + round) * MIB, {});

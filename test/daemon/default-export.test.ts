@@ -48,7 +48,7 @@ describe('with --default', () => {
     'qemu-img',
     'nbdinfo',
     'nbdcopy',
-  )('qemu-img, nbdinfo and nbdcopy get it who name none', async () => {
+  )('qemu-img, nbdinfo and nbdcopy get it when they name no export', async () => {
     expect(await ok('qemu-img', ['info', `nbd:unix:${daemon.socket}`])).toMatch(/virtual size: 8 MiB/);
     expect(await ok('nbdinfo', ['--size', unnamed(daemon)])).toBe(`${8 * MIB}\n`);
     const image = path.join(temporaryDirectory(), 'image');

@@ -4,7 +4,7 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { afterAll, describe, expect, test } from 'vitest';
+import { afterAll, beforeAll, describe, expect, onTestFinished, test, vi } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 import { attach, MIB, storeWith, WAYS, type TestStore } from '../cli/both-ways.js';
@@ -72,6 +72,14 @@ for (const how of ['SIGKILL', 'SIGTERM'] as const) {
   }
 }
 
+/** Wait until the use that `vdi show` says to last until a time has ended, without asking all that time. */
+async function usePasses(target: TestStore, pattern: RegExp): Promise<void> {
+  const { clients } = await target.json<{ clients: { until?: string | null }[] }>('vdi', 'show', 'disk');
+  const ends = clients.flatMap(({ until }) => (until ? [Date.parse(until)] : []));
+  await new Promise((resolve) => setTimeout(resolve, Math.max(0, ...ends) - Date.now()));
+  await waitUntil(async () => !pattern.test(await target.ok('vdi', 'show', 'disk')), 'its time has passed');
+}
+
 describe('a client that was cut off', () => {
   async function lost(daemon: Daemon, target: TestStore, name = 'disk'): Promise<void> {
     const client = await attach(daemon, name);
@@ -113,7 +121,7 @@ describe('a client that was cut off', () => {
     const offline = storeWith(daemon.store, undefined);
     await offline.run(['vdi', 'list']); // says that the store was not shut down cleanly
     expect(await offline.fails('vdi', 'rollback', 'disk@before')).toMatch(IN_USE);
-    await waitUntil(async () => !/in use/.test(await offline.ok('vdi', 'show', 'disk')), 'its time has passed');
+    await usePasses(offline, /in use/);
     await offline.ok('vdi', 'rollback', 'disk@before');
   });
 
@@ -145,7 +153,7 @@ describe('a client that was cut off', () => {
     const back = await connect();
     old.destroy();
     await waitUntil(async () => /cut off/.test(await target.ok('vdi', 'show', 'disk')), 'the old one is seen to end');
-    await waitUntil(async () => !/cut off/.test(await target.ok('vdi', 'show', 'disk')), 'its time has passed');
+    await usePasses(target, /cut off/);
     await back.write(0, Buffer.alloc(512, 2));
     await back.flush();
     await daemon.kill();
@@ -170,7 +178,7 @@ describe('a client that was cut off', () => {
     (await connect()).destroy();
     await waitUntil(async () => /cut off/.test(await target.ok('vdi', 'show', 'disk')), 'it is cut off');
     await (await connect()).disconnect();
-    await waitUntil(async () => /open +no/.test(await target.ok('vdi', 'show', 'disk')), 'who looked is gone');
+    await waitUntil(async () => /open +no/.test(await target.ok('vdi', 'show', 'disk')), 'the other client is gone');
     expect(await target.fails('vdi', 'delete', 'disk')).toMatch(/is in use by tcp 127\.0\.0\.1,/);
     const back = await connect();
     await back.write(0, Buffer.alloc(512, 1));
@@ -181,12 +189,19 @@ describe('a client that was cut off', () => {
 });
 
 describe('a client that is connected', () => {
+  let target: TestStore;
+  let client: NbdClient;
+
+  beforeAll(async () => {
+    const daemon = await daemonWith();
+    target = storeWith(daemon.store, daemon);
+    await target.ok('vdi', 'snapshot', 'disk', 'before');
+    client = await attach(daemon, 'disk');
+  });
+  afterAll(() => client.disconnect());
+
   for (const command of [...REPLACING, ['check', '--repair']]) {
     test(`${command.slice(0, 2).join(' ')} names the client that has the disk open, and --force does not help`, async () => {
-      const daemon = await daemonWith();
-      const target = storeWith(daemon.store, daemon);
-      await target.ok('vdi', 'snapshot', 'disk', 'before');
-      const client = await attach(daemon, 'disk');
       const says =
         command[0] === 'check'
           ? /disk is open; a check needs all clients disconnected: process \d+ \(.+\), since \S+\n$/
@@ -195,7 +210,6 @@ describe('a client that is connected', () => {
       if (!command.includes('--force') && command[0] !== 'check') {
         expect(await target.fails(...command, '--force')).toMatch(says);
       }
-      await client.disconnect();
     });
   }
 });
@@ -210,8 +224,9 @@ describe('on a cluster', () => {
     const cluster = await startStandIn();
     clusters.push(cluster);
     const state = temporaryDirectory();
-    const env = { SHEEPGATE_STATE: state };
-    const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', `disk:${SIZE}`], env });
+    vi.stubEnv('SHEEPGATE_STATE', state);
+    onTestFinished(() => void vi.unstubAllEnvs());
+    const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', `disk:${SIZE}`] });
     const online = storeWith(daemon.store, daemon, ['--cluster', cluster.address, '--control', daemon.control]);
     await online.ok('vdi', 'snapshot', 'disk', 'before');
     const guest = await attach(daemon, 'disk');
@@ -220,9 +235,9 @@ describe('on a cluster', () => {
     guest.destroy();
     reader.destroy();
     const command = async (...args: string[]): Promise<{ code: number | null; stdout: string; stderr: string }> =>
-      storeWith(daemon.store, undefined, ['--cluster', cluster.address]).run(args, { env });
+      storeWith(daemon.store, undefined, ['--cluster', cluster.address]).run(args);
     for (const args of REPLACING) expect((await command(...args)).stderr, args.join(' ')).toMatch(IN_USE);
-    const again = await startDaemon({ cluster: cluster.address, env });
+    const again = await startDaemon({ cluster: cluster.address });
     await expect(attach(again, 'disk@now:run')).rejects.toThrow(/has ended \(the daemon ended\)/);
     const back = await attach(again, 'disk');
     await back.disconnect();

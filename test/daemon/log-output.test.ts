@@ -51,7 +51,7 @@ function flagsOf(fd: number): number {
 /** The count in the note, which must stand after the kept lines and before the later ones. */
 async function countTold(read: () => string, output: LogOutput): Promise<{ kept: number; dropped: number }> {
   let text = '';
-  await waitUntil(() => (text += read()).includes('dropped '), 'what was dropped is told');
+  await waitUntil(() => (text += read()).includes('dropped '), 'the log has the number of dropped lines');
   output.write('later\n');
   await waitUntil(() => (text += read()).endsWith('later\n'), 'it is written on');
   const [before, after, ...rest] = text.split(/^dropped /m);
@@ -173,8 +173,8 @@ describe('a daemon', () => {
     const place = ['--store', path.join(directory, 's'), '--listen', `unix:${socket}`, '--create', 'd:1M'];
     return { socket, args: [BIN, 'serve', '--debug', ...place] };
   };
-  /** Requests, each of which is a line of the log. */
-  const work = async (socket: string, requests = 20_000): Promise<void> => {
+  /** Requests, each of which is a line of 128 bytes in the log: by default more than a pipe and the log's memory hold. */
+  const work = async (socket: string, requests = 12_000): Promise<void> => {
     const client = await waitUntil(() => NbdClient.connect({ path: socket }).catch(() => undefined), 'it listens');
     await client.go('d');
     const read = async (): Promise<void> => {
@@ -204,7 +204,7 @@ describe('a daemon', () => {
     await work(socket, 10);
     const read = readerOf(name);
     let log = '';
-    await waitUntil(() => (log += read()).includes('"dropped"'), 'what was dropped is told');
+    await waitUntil(() => (log += read()).includes('"dropped"'), 'the log has the number of dropped lines');
     const line = log.split('\n').find((each) => each.includes('"dropped"')) ?? '';
     expect(JSON.parse(line)).toMatchObject({ level: 40, reason: 'nobody read it', msg: expect.any(String) as string });
     // Without a reader it ends all the same.

@@ -45,13 +45,13 @@ test('the first line of a cause is written at once; later ones are counted and w
 });
 
 test('a lasting cause is logged less and less often, but never stops; a cause that ended is new when it recurs', () => {
-  const goOn = (ms: number): void => {
+  const advance = (ms: number): void => {
     for (let at = 0; at < ms; at += LATE_MS) {
       tell('disk', 'EIO');
       vi.advanceTimersByTime(LATE_MS);
     }
   };
-  goOn(60 * 60_000);
+  advance(60 * 60_000);
   const inAnHour = taken().length;
   expect(inAnHour).toBeGreaterThan(6);
   expect(inAnHour).toBeLessThan(14);

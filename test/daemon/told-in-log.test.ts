@@ -226,14 +226,14 @@ describe('a cluster', () => {
   needs('qemu-io')('whose nodes are waited for: the log has the disk, the node, and the end of the wait', async () => {
     const cluster = await new StandIn({ jitterMs: 0 }).start();
     const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', 'vm1:8M'] });
-    let goOn: () => void = () => undefined;
-    const resumed = new Promise<void>((resolve) => (goOn = resolve));
+    let resume: () => void = () => undefined;
+    const resumed = new Promise<void>((resolve) => (resume = resolve));
     cluster.fault = ({ opcode }) => (opcode === Op.CREATE ? { until: resumed } : undefined);
     const writing = run('qemu-io', ['-f', 'raw', '-c', 'write 0 4k', daemon.uri('vm1')]);
     const waits = await toldOf(daemon, 'vm1: a request waits for the cluster for 5 s: 127.0.0.1:');
     expect(waits).toMatchObject({ level: WARNING, disk: 'vm1', requests: 1 });
     expect(waits.msg).toMatch(/:\d+ has not answered$/);
-    goOn();
+    resume();
     expect((await writing).code).toBe(0);
     expect((await toldOf(daemon, 'no request waits for the cluster any more')).msg).toMatch(/^vm1: .*, after [5-9] s$/);
     expect(linesOf(daemon).filter(({ msg }) => msg.includes('waits for'))).toHaveLength(2);

@@ -45,7 +45,8 @@ export const clientSet = clientSetNamed(process.env.SHEEPGATE_TEST_CLIENTS ?? OW
 /** Why this machine cannot have other sets; undefined if it can. */
 export function clientSetProblem(): string | undefined {
   if (process.getuid?.() !== 0) return 'only root can make and enter root directories of other releases';
-  if (spawnSync('mmdebstrap', ['--version'], { stdio: 'ignore' }).error !== undefined) {
+  // Not started: vitest evaluates its configuration once for each project, and mmdebstrap starts four programs of its own.
+  if (!hasCommand(clientSetNamed(OWN), 'mmdebstrap')) {
     return 'mmdebstrap is not installed (sh test/install.sh installs it)';
   }
   const { error, stdout } = spawnSync('dpkg', ['--print-architecture'], { encoding: 'utf8' });

@@ -50,7 +50,6 @@ const children = new Set<ChildProcess>();
 const directories = new Set<string>();
 /** The daemons of this test file, each with its result. */
 const daemons: (() => Promise<string>)[] = [];
-let stateDirectory: string | undefined;
 
 /** An empty directory that is removed when the test file ends. Its path is short enough for unix sockets. */
 export function temporaryDirectory(): string {
@@ -76,8 +75,12 @@ export function cleanUp(): void {
   children.clear();
   for (const directory of directories) fs.rmSync(directory, { recursive: true, force: true });
   directories.clear();
-  stateDirectory = undefined;
 }
+
+// Sockets and the state of a cluster's clients must not be in the developer's own directories. This is set in the test's own
+// process, because commands may run inside it; the processes that it starts inherit it.
+process.env.XDG_RUNTIME_DIR = temporaryDirectory();
+process.env.SHEEPGATE_STATE = temporaryDirectory();
 
 afterAll(async () => {
   const running = [...children];
@@ -277,20 +280,26 @@ export function haveCommand(name: string): boolean {
   return hasCommand(clientSet, name);
 }
 
-const nbdPython = nbdPythonOf(clientSet);
+let nbdPython: string | undefined | null = null;
+
+/** A Python with libnbd's module. Searched for when a file first needs it: that starts Python, and most files do not. */
+function findNbdPython(): string | undefined {
+  if (nbdPython === null) nbdPython = nbdPythonOf(clientSet);
+  return nbdPython;
+}
 
 /** Whether nbdsh() can be used; prints the reason if not. */
 export function haveNbdsh(): boolean {
-  if (nbdPython === undefined) {
-    console.log('skipped: no python3 can import nbd (sh test/install.sh installs python3-libnbd)');
-  }
-  return nbdPython !== undefined;
+  const isFound = findNbdPython() !== undefined;
+  if (!isFound) console.log('skipped: no python3 can import nbd (sh test/install.sh installs python3-libnbd)');
+  return isFound;
 }
 
 /** Run libnbd's shell. */
 export function nbdsh(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
-  if (nbdPython === undefined) throw new Error('no python3 can import nbd: ask haveNbdsh() first');
-  return run(nbdPython, ['-m', 'nbd', ...args], options);
+  const python = findNbdPython();
+  if (python === undefined) throw new Error('no python3 can import nbd: ask haveNbdsh() first');
+  return run(python, ['-m', 'nbd', ...args], options);
 }
 
 /** The environment for a process that a test starts by itself. */
@@ -303,8 +312,6 @@ function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   // A developer's own settings must not lead a test to the developer's own store, or to files that a client set lacks.
   for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS', 'NODE_EXTRA_CA_CERTS'])
     env[name] = undefined;
-  // The state of a cluster's clients.
-  env.SHEEPGATE_STATE = stateDirectory ??= temporaryDirectory();
   for (const [name, value] of Object.entries(extra ?? {})) {
     env[name] = value;
   }
@@ -358,7 +365,7 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
   const directory = temporaryDirectory();
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
-  // A cluster's control socket is in the user's runtime directory: not in the developer's own.
+  // A cluster's control socket is in the runtime directory by default, and would be the same for all daemons of a cluster.
   const control = path.join(directory, 'control.sock');
   const place =
     options.cluster === undefined ? ['--store', store] : ['--cluster', options.cluster, '--control', control];

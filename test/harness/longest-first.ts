@@ -32,6 +32,10 @@ const LONG = [
   'test/e2e/client-sets.test.ts',
   'test/cli/temporary-snapshots.test.ts',
   'test/e2e/network-drop.test.ts',
+  'test/daemon/ending.test.ts',
+  'test/daemon/serve-peers.test.ts',
+  'test/daemon/told-in-log.test.ts',
+  'nbd/test/shares.test.ts',
 ];
 
 const rankOf = ({ moduleId }: TestSpecification): number => {
