@@ -200,7 +200,7 @@ test('a full target is reported, keeps its backups, and takes the next one when 
     await disk.write(4 * MIB, patterned(6 * MIB, 2));
     const refusal = await disk.target.fails('backup', 'vm', '--to', to);
     expect(refusal).toMatch(
-      /no space left in .*: free some space, or --keep fewer backups; the backups in it are unharmed: 1\n/,
+      /no space left in .*; free some space there, or --keep fewer backups; the backups in it are unharmed: 1\n/,
     );
     expect(await disk.checkAllByReading(to)).toEqual([1]);
     expect(await disk.target.names()).toEqual(names);

@@ -104,7 +104,7 @@ describe.each(WAYS)('%s', (way) => {
     const place = path.join(full, 'out');
     expect(await fails('export', 'vm', place)).toMatch(/no space left for .*out .*free space in/);
     expect(await fails('backup', 'vm', '--to', place)).toMatch(
-      /no space left in .*out: free some space, or --keep fewer/,
+      /no space left in .*out; free some space there, or --keep fewer/,
     );
     expect(fs.readdirSync(full)).toEqual(['out']);
   });

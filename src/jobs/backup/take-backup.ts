@@ -291,9 +291,13 @@ function explained(error: unknown, target: BackupTarget, { to }: TakeOptions): u
       ? ''
       : `; the backups in it are unharmed: ${target.points.map(({ id }) => id).join(', ')}`;
   if (code !== undefined && syscall !== undefined && SPACE_CODES.has(code)) {
-    return new OperationError('NO_SPACE', `no space left in ${to}: free some space, or --keep fewer backups${kept}`, {
-      cause: error,
-    });
+    return new OperationError(
+      'NO_SPACE',
+      `no space left in ${to}; free some space there, or --keep fewer backups${kept}`,
+      {
+        cause: error,
+      },
+    );
   }
   if (error instanceof OperationError && error.code === 'DAMAGED') {
     const message = `${error.message}; 'sheepgate restore ${to} --verify' shows which backups are intact, and --full starts again with a full backup`;
