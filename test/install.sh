@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the tools of the tests from Debian's archive. Tests of tools that cannot be installed are skipped with a reason.
 set -u
-packages="libnbd-bin libnbd-dev python3-libnbd qemu-utils nbdkit nbd-client fio fuse3 fuse2fs qemu-system-x86 busybox-static kmod cpio rsync e2fsprogs xfsprogs gcc libc6-dev util-linux openssl gnutls-bin mmdebstrap arch-test iproute2 strace shellcheck"
+packages="libnbd-bin libnbd-dev python3-libnbd qemu-utils nbdkit nbd-client fio fuse3 fuse2fs qemu-system-x86 busybox-static kmod cpio lz4 zstd rsync e2fsprogs xfsprogs gcc libc6-dev util-linux openssl gnutls-bin mmdebstrap arch-test iproute2 strace shellcheck"
 if ! command -v apt-get >/dev/null 2>&1; then
   echo "test/install.sh: no apt-get here; install by hand what is missing: $packages" >&2
   exit 0

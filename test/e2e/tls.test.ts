@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { beforeAll, describe, expect } from 'vitest';
 import { Authority } from '../harness/certificates.js';
+import { hasOwnClients } from '../harness/client-set.js';
 import {
   BIN,
   cli,
@@ -295,7 +296,7 @@ describe('qemu', () => {
   });
 });
 
-describe('input that must be refused', () => {
+describe.runIf(hasOwnClients)('input that must be refused', () => {
   needsKeys()(
     'openssl s_client, which speaks TLS from the first byte, is turned away and named in the log',
     async () => {

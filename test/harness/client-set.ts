@@ -42,6 +42,12 @@ export function clientSetNamed(name: string): ClientSet {
 /** The set that this test process uses. */
 export const clientSet = clientSetNamed(process.env.SHEEPGATE_TEST_CLIENTS ?? OWN);
 
+/**
+ * Whether this test process has this machine's own clients: for parts of a file that test the daemon alone. In the runs with
+ * other clients their results would be the same (see ONE_SET_IS_ENOUGH in selection.ts for whole files).
+ */
+export const hasOwnClients = clientSet.root === undefined;
+
 /** Why this machine cannot have other sets; undefined if it can. */
 export function clientSetProblem(): string | undefined {
   if (process.getuid?.() !== 0) return 'only root can make and enter root directories of other releases';

@@ -4,8 +4,14 @@
  */
 import net from 'node:net';
 import path from 'node:path';
-import { onTestFinished } from 'vitest';
+import { afterAll } from 'vitest';
 import { temporaryDirectory } from './daemon.js';
+
+/** Of this test file. Its tests may run side by side: which test starts a proxy is not known here. */
+const proxies = new Set<CuttingProxy>();
+afterAll(() => {
+  for (const proxy of proxies) proxy.close();
+});
 
 export class CuttingProxy {
   readonly socket: string;
@@ -17,12 +23,13 @@ export class CuttingProxy {
   readonly #server: net.Server;
   readonly #open: [client: net.Socket, daemon: net.Socket][] = [];
   #cutAfter: number | undefined;
+  #holdAfter = Infinity;
 
   private constructor(target: string) {
     this.#target = target;
     this.socket = path.join(temporaryDirectory(), 'proxy.sock');
     this.#server = net.createServer({ pauseOnConnect: true }, (client) => this.#connect(client));
-    onTestFinished(() => this.close());
+    proxies.add(this);
   }
 
   /** In front of the socket `target`. */
@@ -47,6 +54,11 @@ export class CuttingProxy {
     this.#cutAfter = this.bytes + bytes;
   }
 
+  /** Discard what the daemon sends after this many more bytes, until the client connects again: its copy cannot end. */
+  holdAfter(bytes: number): void {
+    this.#holdAfter = this.bytes + bytes;
+  }
+
   close(): void {
     this.#server.close();
     this.cut();
@@ -54,6 +66,7 @@ export class CuttingProxy {
 
   #connect(client: net.Socket): void {
     this.count++;
+    if (this.bytes >= this.#holdAfter) this.#holdAfter = Infinity;
     const daemon = net.connect({ path: this.#target });
     const pair: [net.Socket, net.Socket] = [client, daemon];
     this.#open.push(pair);
@@ -71,6 +84,7 @@ export class CuttingProxy {
         this.cut();
         return;
       }
+      if (this.bytes >= this.#holdAfter) return;
       if (!client.write(chunk)) daemon.pause();
     });
     client.on('drain', () => daemon.resume());

@@ -24,7 +24,6 @@ const LONG = [
   'test/cli/backup-interrupted.test.ts',
   'test/daemon/in-use.test.ts',
   'test/cli/kept-moments.test.ts',
-  'test/e2e/reconnecting.test.ts',
   'test/vm/qemu-client.test.ts',
   'test/sheep/rules.test.ts',
   'test/cli/freeze.test.ts',

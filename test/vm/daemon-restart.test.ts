@@ -10,6 +10,9 @@ import { bootGuest, guestProblem, triesKernel } from './guest.js';
 const MIB = 2 ** 20;
 const SIZE = 128 * MIB;
 const GROWN = 192 * MIB;
+/** Of the disk without a filesystem, which the guest reads as a whole. */
+const SMALL_SIZE = 16 * MIB;
+const SMALL_GROWN = 24 * MIB;
 const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
 
@@ -34,8 +37,10 @@ writer() {
     file=/mnt/$1/$((count % 40))
     dd if=/dev/urandom of=/tmp/data.$1 bs=64k count=1 2>/dev/null
     dd if=/tmp/data.$1 of=$file bs=16k conv=fsync 2>/tmp/dd.$1 || { cat /tmp/dd.$1 > /tmp/failed; break; }
-    sha256sum /tmp/data.$1 | cut -d ' ' -f 1 > /tmp/sums.$1/$((count % 40))
+    sum=$(sha256sum < /tmp/data.$1)
+    echo "\${sum%% *}  $((count % 40))" > /tmp/sums.$1/$((count % 40))
     echo $count > /tmp/written.$1
+    sleep 0.05
   done
   touch /tmp/ended.$1
 }
@@ -83,10 +88,8 @@ for n in 0 1; do
   echo 3 > /proc/sys/vm/drop_caches
   e2fsck -f -n /dev/nbd$n > /tmp/fsck 2>&1 || fail e2fsck: $(cat /tmp/fsck)
   mount -t ext4 -o ro /dev/nbd$n /mnt/$n || fail mounting it again
-  for file in /tmp/sums.$n/*; do
-    sum=$(sha256sum /mnt/$n/$(basename $file) | cut -d ' ' -f 1)
-    [ "$sum" = "$(cat $file)" ] || fail file $(basename $file) of disk $n is not what was synced
-  done
+  cat /tmp/sums.$n/* > /tmp/all-sums
+  (cd /mnt/$n && sha256sum -c /tmp/all-sums > /tmp/checked 2>&1) || fail files of disk $n are not what was synced: $(grep -v OK /tmp/checked)
   umount /mnt/$n
 done
 dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting' > /tmp/errors && fail $(cat /tmp/errors)
@@ -104,11 +107,11 @@ nbd-client -d /dev/nbd1 > /dev/null
 # One that has become smaller is not taken, and is again once it has its size back.
 attach 10.0.2.2:${port} small /dev/nbd1
 say SMALL
-said "nbd1: 'small' has become smaller, ${SIZE / 2} bytes instead of ${SIZE}, and is not used"
+said "nbd1: 'small' has become smaller, ${SMALL_SIZE / 2} bytes instead of ${SMALL_SIZE}, and is not used"
 say SMALLER
 wait_for whole
 said 'nbd1: connected again'
-[ "$(blockdev --getsize64 /dev/nbd1)" = ${SIZE} ] || fail the device has $(blockdev --getsize64 /dev/nbd1) bytes
+[ "$(blockdev --getsize64 /dev/nbd1)" = ${SMALL_SIZE} ] || fail the device has $(blockdev --getsize64 /dev/nbd1) bytes
 dd if=/dev/nbd1 of=/dev/null bs=1M 2>/tmp/dd.small || fail reading it: $(cat /tmp/dd.small)
 nbd-client -d /dev/nbd1 > /dev/null
 # With several connections the device grows once all of them know of it, and not before: the others refuse what is behind.
@@ -118,9 +121,9 @@ attach -c 2 10.0.2.2:${relay} small /dev/nbd1
 say CONNECTED
 said 'nbd1: connected again'
 say AGAIN
-said "nbd1: has grown to ${GROWN} bytes"
+said "nbd1: has grown to ${SMALL_GROWN} bytes"
 [ "$(grep -c 'connected again' /tmp/attach)" = 2 ] || fail it has grown too early: $(cat /tmp/attach)
-dd if=/dev/urandom of=/dev/nbd1 bs=1M seek=${SIZE / MIB} count=8 oflag=direct 2>/tmp/dd.small || fail writing behind the old end: $(cat /tmp/dd.small)
+dd if=/dev/urandom of=/dev/nbd1 bs=1M seek=${SMALL_SIZE / MIB} count=8 oflag=direct 2>/tmp/dd.small || fail writing behind the old end: $(cat /tmp/dd.small)
 [ "$(cat /run/nbd-attach.nbd1.pid)" -gt 0 ] || fail the file with the number of the process is gone
 nbd-client -d /dev/nbd1 > /dev/null
 said 'nbd1: was detached by another program'
@@ -161,7 +164,7 @@ async function startRelay(port: number): Promise<{ port: number; cutOldest: () =
       args: [
         '--listen',
         'tcp:127.0.0.1:0',
-        ...['four', 'one', 'small'].flatMap((name) => ['--create', `${name}:128M`]),
+        ...[`four:${SIZE}`, `one:${SIZE}`, `small:${SMALL_SIZE}`].flatMap((disk) => ['--create', disk]),
       ],
     });
     const { store } = daemon;
@@ -187,15 +190,15 @@ async function startRelay(port: number): Promise<{ port: number; cutOldest: () =
     await guest.expect('GROWN');
     await guest.expect('SMALL');
     await daemon.stop();
-    await resize('small', SIZE / 2, '--force', '--force-in-use');
+    await resize('small', SMALL_SIZE / 2, '--force', '--force-in-use');
     await comeBack();
     await guest.expect('SMALLER');
     await daemon.stop();
-    await resize('small', SIZE);
+    await resize('small', SMALL_SIZE);
     await comeBack();
     guest.send('whole');
     await guest.expect('CONNECTED');
-    await resize('small', GROWN);
+    await resize('small', SMALL_GROWN);
     relay.cutOldest();
     await guest.expect('AGAIN');
     relay.cutOldest();

@@ -29,7 +29,7 @@ sync
 fstrim /mnt || fail fstrim
 say TRIMMED
 wait_for go
-dd if=/dev/zero of=/mnt/zeros bs=1M count=48 conv=fsync 2>/dev/null || fail writing zeros
+dd if=/dev/zero of=/mnt/zeros bs=1M count=32 conv=fsync 2>/dev/null || fail writing zeros
 say ZEROS
 wait_for go
 rm /mnt/zeros
@@ -43,8 +43,10 @@ say KEPT $(sha256sum /mnt/kept/data | cut -d ' ' -f 1)
     count=$((count + 1))
     dd if=/dev/urandom of=/tmp/data bs=64k count=1 2>/dev/null
     dd if=/tmp/data of=/mnt/$((count % 60)) bs=16k conv=fsync 2>/tmp/dd || { cat /tmp/dd > /tmp/failed; break; }
-    sha256sum /tmp/data | cut -d ' ' -f 1 > /tmp/sums/$((count % 60))
+    sum=$(sha256sum < /tmp/data)
+    echo "\${sum%% *}  $((count % 60))" > /tmp/sums/$((count % 60))
     echo $count > /tmp/written
+    sleep 0.05
   done
   touch /tmp/ended
 ) &
@@ -68,10 +70,8 @@ umount /mnt || fail umount
 echo 3 > /proc/sys/vm/drop_caches
 e2fsck -f -n /dev/vda > /tmp/fsck 2>&1 || fail e2fsck: $(cat /tmp/fsck)
 mount -t ext4 -o ro /dev/vda /mnt || fail mounting it again
-for file in /tmp/sums/*; do
-  sum=$(sha256sum /mnt/$(basename $file) | cut -d ' ' -f 1)
-  [ "$sum" = "$(cat $file)" ] || fail file $(basename $file) is not what was synced
-done
+cat /tmp/sums/* > /tmp/all-sums
+(cd /mnt && sha256sum -c /tmp/all-sums > /tmp/checked 2>&1) || fail files are not what was synced: $(grep -v OK /tmp/checked)
 umount /mnt
 dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting|critical' > /tmp/errors && fail $(cat /tmp/errors)
 say CLEAN
