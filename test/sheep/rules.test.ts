@@ -600,7 +600,7 @@ describe('snapshots of another client', () => {
 
 test('an object that a failed write has made is removed when the VDI is closed', async () => {
   for (const isFailing of [isDataWrite, isTableWrite]) {
-    cluster.fault = (seen) => (isFailing(seen) ? { result: Res.EIO } : undefined);
+    cluster.fault = (seen) => (isFailing(seen) ? { result: Res.NO_SPACE } : undefined);
     await expect(vdi.write(0, Buffer.alloc(OBJECT, 1), false)).rejects.toThrow();
     expect(cluster.dataObjects()).toHaveLength(1);
     cluster.fault = () => undefined;
@@ -611,6 +611,21 @@ test('an object that a failed write has made is removed when the VDI is closed',
   }
   await vdi.write(0, Buffer.alloc(OBJECT, 2), false);
   expect(cluster.dataObjects()).toHaveLength(1);
+});
+
+test('an object whose entry the nodes have set, though the request failed, is not removed', async () => {
+  await catalog.close();
+  await connect(500);
+  vdi = await catalog.openVdi('disk');
+  const isTableRead = ({ opcode, oid, offset }: Seen): boolean =>
+    opcode === Op.READ && (oid & VDI_BIT) !== 0n && offset >= TABLE;
+  cluster.fault = (seen) =>
+    isTableWrite(seen) ? { cut: 'after' } : isTableRead(seen) ? { result: Res.EIO } : undefined;
+  await expect(vdi.write(0, Buffer.alloc(OBJECT, 1), false)).rejects.toThrow();
+  cluster.fault = () => undefined;
+  await catalog.release(vdi);
+  vdi = await catalog.openVdi('disk');
+  expect((await content())[0]).toBe(1);
 });
 
 describe('the catalog', () => {

@@ -106,19 +106,25 @@ export class TableChanges {
    * Removes objects that were dropped and that nodes may have forgotten to remove: they repeat a table entry when members change
    * meanwhile, and then find no change in it (sheep/gateway.c, prepare_obj_refcnt). No other table has these objects.
    */
-  removeDropped(): Promise<void> {
-    return this.#removeWithoutEntry(this.#dropped);
-  }
-
-  /** Removes objects that a failed write has made and no later one has put into the table: deletion would not find them. */
-  removeUnlisted(): Promise<void> {
-    return this.#removeWithoutEntry(this.#unlisted);
-  }
-
-  async #removeWithoutEntry(objects: ReadonlySet<number>): Promise<void> {
+  async removeDropped(): Promise<void> {
     const { map, record } = this.#vdi;
-    const left = [...objects].filter((idx) => map[idx] !== record.vid && !this.#doubtful.has(idx));
+    const left = [...this.#dropped].filter((idx) => map[idx] === 0 && !this.#doubtful.has(idx));
     await inParallel(PARALLEL_REMOVALS, left, (idx) => this.#remove(record.vid, idx));
+  }
+
+  /**
+   * Removes objects that a failed write has made and no later one has put into the table: deletion would not find them. Asks for
+   * each entry first: if setting it failed without an answer, the nodes may have it all the same.
+   */
+  async removeUnlisted(): Promise<void> {
+    const { map, record, inode } = this.#vdi;
+    const { cluster } = this.#host;
+    const left = [...this.#unlisted].filter((idx) => map[idx] !== record.vid && !this.#doubtful.has(idx));
+    const owners = this.#index && (await cluster.readOwners(inode));
+    await inParallel(PARALLEL_REMOVALS, left, async (idx) => {
+      const owner = owners ? owners[idx] : await cluster.readEntry(record.vid, idx);
+      if (owner !== record.vid) await this.#remove(record.vid, idx);
+    });
   }
 
   /**
