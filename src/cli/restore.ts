@@ -154,7 +154,9 @@ async function verify(
   const whole = backups.filter(({ isWhole }) => isWhole).map(({ id }) => id);
   if (options.json) printJson({ vdi: target.manifest.vdi, target: given, backups });
   else if (whole.length === backups.length)
-    printLine(`${backups.length} backups of ${target.manifest.vdi} in ${given}, all intact`);
+    printLine(
+      `${backups.length} backup${backups.length === 1 ? '' : 's'} of ${target.manifest.vdi} in ${given}, all intact`,
+    );
   const first = backups.find(({ isWhole }) => !isWhole);
   if (!first) return;
   throw new OperationError(

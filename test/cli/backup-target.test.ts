@@ -79,7 +79,7 @@ describe('hashes', () => {
     const manifest = path.join(to, 'manifest.json');
     const text = fs.readFileSync(manifest, 'utf8');
     fs.writeFileSync(manifest, text.replace('"version": 2', '"version": 1').replace('"treeHash"', '"sha256"'));
-    expect(await disk.target.ok('restore', to, '--verify')).toMatch(/^1 backups of vm in .*, all intact/);
+    expect(await disk.target.ok('restore', to, '--verify')).toMatch(/^1 backup of vm in .*, all intact/);
     await disk.write(MIB, patterned(MIB, 3));
     expect(await disk.backup(to)).toMatchObject({ id: 2, kind: 'incremental', notes: [] });
     expect(await disk.checkAll(to)).toEqual([1, 2]);
