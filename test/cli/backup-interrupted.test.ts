@@ -2,11 +2,11 @@
  * Backups that fail: killed at any moment, stopped by a signal, out of space, two at the same time. Earlier backups stay intact in
  * every case, and the next run continues by itself.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
-import { BIN, ended, run, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, ended, run, skipBecause, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, qemuMissing, readWithQemu } from './backups.js';
 import { attach, MIB, oneLineOf, patterned, sharedStore, storeWith, testStore } from './both-ways.js';
 

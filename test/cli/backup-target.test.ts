@@ -3,11 +3,10 @@
  * Commands touch nothing outside the target, always end, and print only text.
  */
 import { createHash } from 'node:crypto';
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { BIN, cli, ended, haveCommand, ok, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, ok, start, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, type BackupResult } from './backups.js';
 import { GIB, lastLineOf, MIB, oneLineOf, patterned, storeWith, testStore, type TestStore } from './both-ways.js';
 

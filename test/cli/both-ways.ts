@@ -46,9 +46,7 @@ export function sharedStore(way: Way): () => TestStore {
   beforeAll(async () => {
     shared = await testStore(way);
   });
-  afterEach(async () => {
-    for (const name of await shared.names()) await shared.ok('vdi', 'delete', name);
-  });
+  afterEach(() => deleteAll(shared));
   return () => shared;
 }
 

@@ -1,11 +1,10 @@
 /** --freeze-cmd and --thaw-cmd: the guest is frozen for the snapshot, and thawed in every case. */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { expect, test } from 'vitest';
-import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 import { BackedUpDisk, hashOf } from './backups.js';
 import { MIB, oneLineOf, patterned, sharedStore } from './both-ways.js';
 

@@ -1,5 +1,5 @@
 /** Import and export of images: sparse both ways, through files and pipes, interrupted, and with readers that go away. */
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -14,6 +14,7 @@ import {
   startDaemon,
   temporaryDirectory,
   waitUntil,
+  spawn,
 } from '../harness/daemon.js';
 import {
   attach,

@@ -2,12 +2,20 @@
  * The package of `npm pack`, installed as on a machine without the sources: its files, the packages that npm fetches for it, and
  * that it serves a disk. The registry runs on loopback and has the packages of node_modules/; no other registry can be reached.
  */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { requireBuild } from '../harness/build.js';
-import { cleanEnvironment, ended, haveCommand, ok, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import {
+  cleanEnvironment,
+  ended,
+  haveCommand,
+  ok,
+  run,
+  temporaryDirectory,
+  waitUntil,
+  spawn,
+} from '../harness/daemon.js';
 import { startRegistry, type Registry } from '../harness/registry.js';
 import { oneLineOf } from './both-ways.js';
 

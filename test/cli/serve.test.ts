@@ -1,12 +1,11 @@
 /** `sheepgate serve`: its start, its output, its end. */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 import { attach, expectBytes, MIB, oneLineOf, patterned, storeWith } from './both-ways.js';
 
 interface LogLine {

@@ -1,5 +1,4 @@
 /** NAME@now and NAME@now:LABEL as users see them: taken at the first open, dropped after the last close, however that happens. */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -16,6 +15,7 @@ import {
   startDaemon,
   temporaryDirectory,
   waitUntil,
+  spawn,
 } from '../harness/daemon.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { attach, diskUsage, expectBytes, MIB, patterned, storeWith, type TestStore } from './both-ways.js';

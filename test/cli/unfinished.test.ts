@@ -2,13 +2,13 @@
  * The VDI that a killed import or restore leaves, as operators and NBD clients see it: marked, refused, completed by the same
  * command, removed by delete. With and without a daemon, with the command killed and with the daemon killed.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { BIN, cli, ended, needs, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, needs, run, startDaemon, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 import {
   deleteAll,
   expectBytes,
@@ -77,7 +77,7 @@ async function killed(child: ChildProcess, target: TestStore): Promise<void> {
   await waitUntil(isClosed, 'the daemon has noticed');
 }
 
-const STALL_READS = path.resolve(import.meta.dirname, 'stall-reads.mjs');
+const PAUSED_IO = path.resolve(import.meta.dirname, 'paused-io.mjs');
 
 async function stateOf(target: TestStore): Promise<Listed['unfinished'] | undefined> {
   const listed = await target.json<Listed[] & Record<string, unknown>>('vdi', 'list');
@@ -189,8 +189,8 @@ describe.each(WAYS)('%s', (way) => {
     const to = path.join(temporaryDirectory(), 'backup');
     await target.ok('backup', 'original', '--to', to);
     const before = objectFiles(target.store);
-    const child = spawn(process.execPath, ['--import', STALL_READS, BIN, 'restore', to, 'vm'], {
-      env: { ...process.env, SHEEPGATE_STORE: target.store },
+    const child = spawn(process.execPath, ['--import', PAUSED_IO, BIN, 'restore', to, 'vm'], {
+      env: { ...process.env, SHEEPGATE_STORE: target.store, PAUSED_CALL: 'read', PAUSED_UNTIL: `${to}.never` },
       stdio: 'ignore',
     });
     await waitUntil(() => seldom(() => objectFiles(target.store) > before || child.exitCode !== null), 'it restores');

@@ -1,11 +1,11 @@
 /** The process ends in bounded time when its start fails, and when requests wait at its stop. */
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test, type TestContext } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { Op, StandIn, Res } from '../sheep/stand-in.js';
-import { BIN, cli, ended, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 import { byLength } from '../harness/length.js';
 
 /** STOP_GRACE_MS and the steps after it, with time for a busy machine. */

@@ -2,7 +2,6 @@
  * Lines of the log have priorities in the journal, and are pure JSON everywhere else. Where this machine has systemd, the journal is
  * a real one, in a mount namespace, so that the machine's own is not touched.
  */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
@@ -16,6 +15,7 @@ import {
   startDaemon,
   temporaryDirectory,
   waitUntil,
+  spawn,
 } from '../harness/daemon.js';
 
 const JOURNALD = '/lib/systemd/systemd-journald';

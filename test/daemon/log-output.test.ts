@@ -2,14 +2,14 @@
  * The log has no reader, no room, or no terminal any more: nothing waits for it or ends because of it, memory stays bounded, and
  * dropped lines are counted, and the count is written later.
  */
-import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
+import { execFileSync, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { LogOutput, WAITING_BYTES } from '../../src/daemon/log/log-output.js';
-import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 
 const LINE = `${'x'.repeat(199)}\n`;
 /** More than a pipe and the output together can hold. */

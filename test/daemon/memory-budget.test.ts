@@ -1,12 +1,11 @@
 /** The daemon's memory bound: from the machine, its cgroups (version 1 or 2), or --max-memory. */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { machineMemory } from '../../src/system/machine-memory.js';
 import { defaultMemoryBudget } from '../../src/daemon/memory-budget.js';
-import { cli, ended, haveCommand, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { cli, ended, haveCommand, skipBecause, startDaemon, temporaryDirectory, spawn } from '../harness/daemon.js';
 
 const MIB = 2 ** 20;
 const GIB = 2 ** 30;

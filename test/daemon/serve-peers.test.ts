@@ -1,11 +1,10 @@
 /** `sheepgate serve` and its clients: identity, numbers, time-outs, and their lines in the log. */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient, type ClientOptions } from 'nbd-server-ts';
-import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
+import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil, type Daemon, spawn } from '../harness/daemon.js';
 
 const UID = process.getuid?.() ?? -1;
 const GID = process.getgid?.() ?? -1;

@@ -2,7 +2,7 @@
  * A systemd service without systemd: one small helper hands over sockets, another receives messages. First, unit tests of the
  * environment variables.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -10,7 +10,7 @@ import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { openNotifier, takeInheritedSockets } from '../../src/daemon/systemd.js';
 import { sendDatagram } from '../../src/system/socket-calls.js';
-import { BIN, cli, ended, haveCommand, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, run, temporaryDirectory, waitUntil, spawn } from '../harness/daemon.js';
 
 const EXAMPLES = fileURLToPath(new URL('../../examples/systemd', import.meta.url));
 

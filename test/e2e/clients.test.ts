@@ -4,20 +4,9 @@
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
-import { afterAll, describe, expect, test } from 'vitest';
-import {
-  cli,
-  cliJson,
-  type Daemon,
-  haveCommand,
-  nbdsh,
-  needs,
-  ok,
-  run,
-  skipBecause,
-  startDaemon,
-  temporaryDirectory,
-} from '../harness/daemon.js';
+import { describe, expect, test } from 'vitest';
+import { cli, haveCommand, nbdsh, needs, ok, run, skipBecause, temporaryDirectory } from '../harness/daemon.js';
+import { withDaemon } from './shared-daemon.js';
 
 const MIB = 2 ** 20;
 
@@ -25,29 +14,6 @@ async function shellOk(args: readonly string[]): Promise<string> {
   const { code, signal, stdout, stderr } = await nbdsh(args);
   if (code !== 0) throw new Error(`nbdsh: exit ${code ?? signal}\n${stdout}${stderr}`);
   return stdout;
-}
-
-let shared: Daemon | undefined;
-afterAll(async () => {
-  if (shared !== undefined) expect((await shared.stop()).code, shared.log()).toBe(0);
-});
-
-/** One daemon for all tests; each has a new disk named "disk", alone in the store with its snapshots. */
-async function withDaemon(size: string, use: (daemon: Daemon) => Promise<void>): Promise<void> {
-  const daemon = (shared ??= await startDaemon());
-  const { store } = daemon;
-  await cliJson(['vdi', 'create', 'disk', size], { store });
-  try {
-    await use(daemon);
-  } catch (error) {
-    // What a failed test leaves must not fail the next one.
-    shared = undefined;
-    throw error;
-  }
-  const vdis = await cliJson<{ name: string; tag: string | null }[]>(['vdi', 'list'], { store });
-  const names = vdis.map(({ name, tag }) => (tag === null ? name : `${name}@${tag}`));
-  // Some clients leave without a disconnect request, and then count as able to come back.
-  for (const name of names.sort().reverse()) await cliJson(['vdi', 'delete', name, '--force'], { store });
 }
 
 /** Pseudo-random data, the same each time, without two equal blocks. */

@@ -5,9 +5,10 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { ALLOCATION_CONTEXT, NbdClient } from 'nbd-server-ts';
-import { afterAll, describe, expect, onTestFinished, test } from 'vitest';
+import { describe, expect, onTestFinished, test } from 'vitest';
 import { hasOwnClients } from '../harness/client-set.js';
-import { cliJson, nbdsh, needs, ok, run, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
+import { nbdsh, needs, ok, run, temporaryDirectory, type Daemon } from '../harness/daemon.js';
+import { withDaemon } from './shared-daemon.js';
 
 const KIB = 2 ** 10;
 const MIB = 2 ** 20;
@@ -21,27 +22,6 @@ async function shell(daemon: Daemon, name: string, script: string, debug = false
   if (result.code !== 0)
     throw new Error(`nbdsh: exit ${result.code ?? result.signal}\n${result.stdout}${result.stderr}`);
   return debug ? result.stderr : result.stdout;
-}
-
-let shared: Daemon | undefined;
-afterAll(async () => {
-  if (shared !== undefined) expect((await shared.stop()).code, shared.log()).toBe(0);
-});
-
-/** One daemon for all tests; each has a new disk named "disk", alone in the store. */
-async function withDaemon(size: string, use: (daemon: Daemon) => Promise<void>): Promise<void> {
-  const daemon = (shared ??= await startDaemon());
-  const { store } = daemon;
-  await cliJson(['vdi', 'create', 'disk', size], { store });
-  try {
-    await use(daemon);
-  } catch (error) {
-    // What a failed test leaves must not fail the next one.
-    shared = undefined;
-    throw error;
-  }
-  // Some clients leave without a disconnect request, and then count as able to come back.
-  await cliJson(['vdi', 'delete', 'disk', '--force'], { store });
 }
 
 /** Data in a few 4 KiB blocks of a 64 MiB disk: at edges of 4 MiB objects, and across one. */

@@ -2,7 +2,7 @@
  * Temporary snapshots and their clients, without a daemon: snapshots that are lost on a full disk, stores that cannot remember
  * clients, the limits, and clocks that jump.
  */
-import { spawn } from 'node:child_process';
+import { spawn } from '../harness/daemon.js';
 import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';

@@ -3,7 +3,7 @@
  * and temporary directory that it makes, and removes them when the test file ends, passed or failed. Never touches a process
  * that it did not start, and never waits for a fixed time: only for conditions, with a limit.
  */
-import { spawn, type ChildProcess, type ChildProcessWithoutNullStreams } from 'node:child_process';
+import { spawn as spawnProcess, type ChildProcess, type ChildProcessWithoutNullStreams } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -50,6 +50,14 @@ const children = new Set<ChildProcess>();
 const directories = new Set<string>();
 /** The daemons of this test file, each with its result. */
 const daemons: (() => Promise<string>)[] = [];
+
+/** As node:child_process has it. A process that still runs when the test file ends, as after a failed test, is killed. */
+export const spawn = ((...args: Parameters<typeof spawnProcess>) => {
+  const child = spawnProcess(...args);
+  children.add(child);
+  child.once('exit', () => children.delete(child));
+  return child;
+}) as typeof spawnProcess;
 
 /** An empty directory that is removed when the test file ends. Its path is short enough for unix sockets. */
 export function temporaryDirectory(): string {

@@ -3,7 +3,6 @@
  * next run continues a killed one; VDIs of others stay as they are; and nothing is left behind. Against the stand-in, and
  * against real nodes where they are installed.
  */
-import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
@@ -25,7 +24,7 @@ import {
   type Place,
   type Result,
 } from '../cli/migration-stores.js';
-import { BIN, cli, ended, startDaemon, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, startDaemon, waitUntil, spawn } from '../harness/daemon.js';
 import { testLength } from '../harness/length.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
 import { Op, Res, StandIn } from './stand-in.js';

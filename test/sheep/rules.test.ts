@@ -2,7 +2,7 @@
  * The rules of the protocol that keep data and references, one test each, against the stand-in: which requests it sees, and
  * how the store handles nodes that fail at the worst moment.
  */
-import { spawn } from 'node:child_process';
+import { spawn } from '../harness/daemon.js';
 import fs from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { MAX_PIECE_BYTES } from '../../src/store/sheep/pieces.js';
