@@ -205,7 +205,7 @@ export class ExportError extends Error {
   }
 }
 
-/** The connection that an export is opened for. */
+/** The connection that an export is opened, or described, for. */
 export interface OpenContext {
   /** The id of the connection, as in ConnectionInfo. */
   readonly id: number;
@@ -220,13 +220,14 @@ export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
   /**
    * For NBD_OPT_INFO, and for meta contexts: what `open` would return, without opening. `contexts`: the client's queries
    * when it lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none
-   * that is queried by its name.
+   * that is queried by its name. A server always gives `context`.
    * Errors: ExportError.
    */
   describe(
     name: string,
     peer: Peer,
     contexts?: readonly string[],
+    context?: OpenContext,
   ): Awaitable<{ readonly geometry: Device['geometry']; readonly info: ExportInfo }>;
   /**
    * For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. A server always gives `context`.
