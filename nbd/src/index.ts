@@ -7,6 +7,7 @@ export type {
   DeviceGeometry,
   DeviceErrorCode,
   Ending,
+  ExportErrorCode,
   ExportInfo,
   ExportProvider,
   ExtentSink,
@@ -45,6 +46,8 @@ export type {
   ConnectionInfo,
   ConnectionOpenEvent,
   ConnectionRefusedEvent,
+  ErrorContext,
+  RequestDoneEvent,
   RequestEvent,
   ServerObserver,
 } from './server/observer.js';
@@ -52,5 +55,5 @@ export { NbdClient, NbdClientError } from './client/client.js';
 export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
 export type { Extent, ReplyLevel } from './client/reply-reader.js';
 export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
-export type { Negotiated, SelectedContext } from './protocol/wire.js';
-export { MAX_PAYLOAD } from './protocol/wire.js';
+export type { CommandName, Negotiated, SelectedContext } from './protocol/wire.js';
+export { COMMAND_NAMES, commandName, MAX_PAYLOAD } from './protocol/wire.js';
