@@ -7,6 +7,7 @@ import { GuardedObserver } from '../src/server/guarded-observer.js';
 import { LoopShare } from '../src/server/loop-share.js';
 import { CMD } from '../src/protocol/wire.js';
 import { ClientSignal } from '../src/server/client-signal.js';
+import { OverdueRequests } from '../src/server/overdue-requests.js';
 import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { TestExport, TestProvider } from './test-device.js';
@@ -29,7 +30,14 @@ test('a payload that has to wait in the middle is written as it was sent', async
         socket: new PassThrough(),
         pool: new BufferPool(DEFAULT_LIMITS.maxMemoryBytes),
       },
-      ...{ loop, limits: DEFAULT_LIMITS, observer: GuardedObserver.of(), clientSignal: new ClientSignal() },
+      ...{
+        loop,
+        limits: DEFAULT_LIMITS,
+        observer: GuardedObserver.of(),
+        clientSignal: new ClientSignal(),
+        overdue: new OverdueRequests(0),
+        exportKey: 'disk',
+      },
       disconnectRequested: () => undefined,
       protocolViolated: (reason) => expect.unreachable(reason),
     },

@@ -7,6 +7,7 @@ import { GuardedObserver } from '../src/server/guarded-observer.js';
 import { LoopShare } from '../src/server/loop-share.js';
 import { CMD } from '../src/protocol/wire.js';
 import { ClientSignal } from '../src/server/client-signal.js';
+import { OverdueRequests } from '../src/server/overdue-requests.js';
 import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
@@ -117,6 +118,8 @@ async function transmissionOf(exported: TestExport) {
   const host = {
     ...{ id: 1, peer: PEER, exportName: 'disk', socket, loop, observer: GuardedObserver.of(), limits: DEFAULT_LIMITS },
     clientSignal: new ClientSignal(),
+    overdue: new OverdueRequests(0),
+    exportKey: 'disk',
     pool: new BufferPool(2 ** 28),
     disconnectRequested: () => undefined,
     protocolViolated: (reason: string) => expect.fail(reason),

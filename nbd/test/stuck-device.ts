@@ -12,6 +12,7 @@ import {
   type BlockDevice,
   type ConnectionCloseEvent,
   type Ending,
+  type ErrorContext,
   type ExportInfo,
   type ExportProvider,
   type ExtentSink,
@@ -154,7 +155,9 @@ export interface StuckServer {
   readonly provider: StuckProvider;
   readonly address: net.NetConnectOpts;
   readonly closes: ConnectionCloseEvent[];
+  /** What was reported to onError, and where it came from. */
   readonly errors: unknown[];
+  readonly contexts: ErrorContext[];
   raw(): Promise<RawClient>;
   opened(name?: string): Promise<RawClient>;
 }
@@ -167,13 +170,17 @@ export async function stuckServer(
   const provider = new StuckProvider();
   const closes: ConnectionCloseEvent[] = [];
   const errors: unknown[] = [];
+  const contexts: ErrorContext[] = [];
   const { tcp, ...rest } = options;
   const server = new NbdServer({
     ...rest,
     provider,
     observer: {
       onConnectionClose: (event) => closes.push(event),
-      onError: (error) => errors.push(error),
+      onError: (error, context) => {
+        errors.push(error);
+        contexts.push(context);
+      },
     },
   });
   onTestFinished(() => server.destroy());
@@ -189,7 +196,7 @@ export async function stuckServer(
   }
   const raw = (): Promise<RawClient> => RawClient.connect(address);
   return {
-    ...{ server, provider, address, closes, errors, raw },
+    ...{ server, provider, address, closes, errors, contexts, raw },
     async opened(name = 'disk') {
       const client = await raw();
       await client.open(name);

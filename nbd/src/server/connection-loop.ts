@@ -20,6 +20,7 @@ import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
 import { LoopShare } from './loop-share.js';
 import { LoopTime } from './loop-time.js';
 import type { ServerObserver } from './observer.js';
+import { OverdueRequests } from './overdue-requests.js';
 import { Offenders, type OffenderCounts } from './offenders.js';
 import type { AcceptedConnection, Progress, ServedConnection, ServingLoop } from './serving-loop.js';
 import { StallWatch } from './stall-watch.js';
@@ -72,6 +73,7 @@ export class ConnectionLoop implements ServingLoop {
       offenders: options.offenders ?? new Offenders(limits.maxViolationDelayMs),
       heldSockets: new HeldSockets(),
       leftovers: new Leftovers(),
+      overdue: new OverdueRequests(limits.requestTimeoutMs),
     };
     const { pool, time } = this.#resources;
     this.#stallWatch = new StallWatch(() => this.#connections, pool, limits, time);

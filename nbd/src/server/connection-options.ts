@@ -10,6 +10,7 @@ import type { InPlaceSocket } from './in-place-socket.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
 import type { NegotiatedState } from './negotiated-state.js';
+import type { OverdueRequests } from './overdue-requests.js';
 import type { OffenderCounts } from './offenders.js';
 import type { Progress } from './serving-loop.js';
 
@@ -20,6 +21,7 @@ export interface LoopResources extends ExportResources {
   readonly time: LoopTime;
   readonly offenders: OffenderCounts;
   readonly heldSockets: HeldSockets;
+  readonly overdue: OverdueRequests;
 }
 
 /** What belongs to one connection. */

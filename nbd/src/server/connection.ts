@@ -20,11 +20,13 @@ import { negotiate } from './handshake.js';
 import type { HeldSockets } from './held-sockets.js';
 import { IdleClock } from './idle-clock.js';
 import type { InPlaceSocket } from './in-place-socket.js';
+import type { Leftovers } from './leftovers.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
 import { reopen, type NegotiatedState } from './negotiated-state.js';
 import type { ConnectionInfo } from './observer.js';
+import type { OverdueRequests } from './overdue-requests.js';
 import type { Progress, ServedConnection, TakeConnection } from './serving-loop.js';
 import { bytesTakenBySystem, closeAfterOutput, watchOutput } from './socket-end.js';
 import type { Watched } from './stall-watch.js';
@@ -48,6 +50,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly observer: GuardedObserver;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
+  readonly overdue: OverdueRequests;
   readonly reader: ByteReader;
   /** Runs from the greeting on. */
   readonly clock: HandshakeClock;
@@ -80,6 +83,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   #isCrowdedOut = false;
   readonly #violations: Violations;
   readonly #clientSignal = new ClientSignal();
+  readonly #leftovers: Leftovers;
 
   constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
@@ -93,6 +97,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.observer = shared.observer;
     this.pool = shared.pool;
     this.loop = shared.loop;
+    this.overdue = shared.overdue;
+    this.#leftovers = shared.leftovers;
     this.#time = shared.time;
     this.#tls = options.tls;
     this.#inPlace = options.inPlace;
@@ -124,6 +130,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
 
   get exportName(): string | undefined {
     return this.export.name;
+  }
+
+  get exportKey(): string {
+    return this.export.countedAs ?? '';
   }
 
   get phase(): ConnectionInfo['phase'] {
@@ -339,6 +349,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     await this.#requestsFinished();
     // At the latest: what the device does beside its requests ends before it is closed.
     this.#clientSignal.abortNow(this.#reason ?? VANISHED);
+    await this.#requestsSettled();
     const { exportName } = this;
     const { refused } = this.export;
     await this.export.close(this.#ending);
@@ -405,6 +416,18 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return new Promise((resolve) => {
       transmission.onIdle(resolve);
     });
+  }
+
+  /** The client is gone, and all that may be left are requests whose time was up: this connection does not count any more. */
+  async #requestsSettled(): Promise<void> {
+    const { transmission } = this;
+    if (transmission === undefined || transmission.inFlight === 0) return;
+    this.#progress?.left?.();
+    const release = this.#leftovers.add(this.exportKey);
+    await new Promise<void>((resolve) => {
+      transmission.onSettled(resolve);
+    });
+    release();
   }
 
   #endWhenIdle(reason: string): void {

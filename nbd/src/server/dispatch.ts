@@ -6,12 +6,13 @@
  * concurrently and are answered as they finish.
  */
 
-import type { ZeroMode } from '../block-device.js';
-import { CMD, CMD_FLAG } from '../protocol/wire.js';
+import type { DeviceError, ZeroMode } from '../block-device.js';
+import { CMD, CMD_FLAG, NBD_ERRNO } from '../protocol/wire.js';
 import { readShortfall, writeShortfall } from '../transferred.js';
 import type { Block } from './buffer-pool.js';
 import type { Failure } from './failure.js';
 import { fillsBuffer, type ServedDevice } from './geometry.js';
+import { isChange, TimedRequest, type OverdueRequests } from './overdue-requests.js';
 import { promiseOf } from './promised.js';
 import type { ReceiveMemory } from './receive-memory.js';
 import type { Addressee } from './reply-encoder.js';
@@ -20,13 +21,19 @@ import type { Request } from './request.js';
 import type { RequestsInFlight } from './requests-in-flight.js';
 import type { SparseReads } from './sparse-reads.js';
 import type { StatusRequests } from './status-requests.js';
+import type { TransmissionHost } from './transmission-host.js';
+
+const RANGE_TAKEN: Failure = Object.freeze({
+  errno: NBD_ERRNO.EIO,
+  message: 'an earlier change of this range was not answered by the export, and may still happen',
+});
 
 const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
 
 /** A request whose device call returned a promise. Objects are reused, and their two handlers with them. */
-class PendingRequest {
+class PendingRequest extends TimedRequest {
   type = 0;
   flags = 0;
   cookieHigh = 0;
@@ -45,9 +52,17 @@ class PendingRequest {
   readonly succeed: (result: unknown) => void;
   readonly fail: (error: unknown) => void;
 
+  readonly #owner: Dispatch;
+
   constructor(owner: Dispatch) {
+    super();
+    this.#owner = owner;
     this.succeed = (result) => owner.succeeded(this, result);
     this.fail = (error) => owner.failed(this, error);
+  }
+
+  overdue(error: DeviceError): void {
+    this.#owner.timeUp(this, error);
   }
 }
 
@@ -56,6 +71,8 @@ export class Dispatch {
 
   readonly #device: ServedDevice;
   readonly #signal: AbortSignal;
+  readonly #overdue: OverdueRequests;
+  readonly #exportKey: string;
   /** The memory of a read is cleared first: a device that fills too little of it shows what another client has read. */
   readonly #clearsFirst: boolean;
   readonly #memory: ReceiveMemory;
@@ -65,8 +82,8 @@ export class Dispatch {
   readonly #statuses: StatusRequests;
 
   constructor(
+    host: Pick<TransmissionHost, 'clientSignal' | 'overdue' | 'exportKey'>,
     device: ServedDevice,
-    signal: AbortSignal,
     memory: ReceiveMemory,
     inFlight: RequestsInFlight,
     replies: ReplyQueue,
@@ -74,7 +91,9 @@ export class Dispatch {
     statuses: StatusRequests,
   ) {
     this.#device = device;
-    this.#signal = signal;
+    this.#signal = host.clientSignal.signal;
+    this.#overdue = host.overdue;
+    this.#exportKey = host.exportKey;
     this.#clearsFirst = !fillsBuffer(device);
     this.#memory = memory;
     this.#inFlight = inFlight;
@@ -90,6 +109,12 @@ export class Dispatch {
     const inFlight = this.#inFlight;
     const { type, flags, offset, length } = request;
     const fua = (flags & CMD_FLAG.FUA) !== 0;
+    if (this.#overdue.takenRanges > 0 && this.#isRangeTaken(request)) {
+      if (block !== undefined) this.#memory.unpin(block);
+      this.#replies.error(request, RANGE_TAKEN);
+      inFlight.answered(request, RANGE_TAKEN.errno);
+      return;
+    }
     const startedAt = inFlight.now;
     let into: Buffer | undefined;
     let later: Promise<unknown> | undefined;
@@ -153,6 +178,11 @@ export class Dispatch {
     if (inFlight.areObserved) inFlight.done(request, startedAt, 0);
   }
 
+  /** Whether it would change what an overdue request may still change. */
+  #isRangeTaken({ type, offset, length }: Request): boolean {
+    return isChange(type) && this.#overdue.isTaken(this.#exportKey, offset, length);
+  }
+
   /** Answer a request with success and no data. */
   succeed({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): void {
     this.#replies.done(cookieHigh, cookieLow, offsetHigh, offsetLow);
@@ -185,6 +215,7 @@ export class Dispatch {
       pending.at = place.at;
     }
     inFlight.begin(heldBytes(request));
+    if (this.#overdue.isOn) this.#overdue.begin(pending);
     try {
       answer.then(pending.succeed, pending.fail);
     } catch (error) {
@@ -212,12 +243,33 @@ export class Dispatch {
     this.finished(pending, this.#inFlight.failureOf(error, pending));
   }
 
+  /** For PendingRequest only: its time is up. Its memory stays as it is, since the device may still use it. */
+  timeUp(pending: PendingRequest, error: DeviceError): void {
+    const inFlight = this.#inFlight;
+    const failure = inFlight.timeUp(pending, error);
+    this.#replies.error(pending, failure);
+    if (inFlight.areObserved) inFlight.done(pending, pending.startedAt, failure.errno);
+    inFlight.settled();
+  }
+
   /** For PendingRequest only: the device has answered. */
   finished(pending: PendingRequest, failure: Failure | undefined): void {
     const inFlight = this.#inFlight;
     const { block } = pending;
     pending.block = undefined;
     pending.into = undefined;
+    if (pending.isOverdue) {
+      // It was answered when its time was up.
+      inFlight.settledLate(pending, heldBytes(pending));
+      if (block !== undefined) {
+        if (pending.type === CMD.READ) this.#replies.dropRead(block);
+        else this.#memory.unpin(block);
+      }
+      this.#spare.push(pending);
+      inFlight.settled();
+      return;
+    }
+    if (this.#overdue.isOn) this.#overdue.end(pending);
     inFlight.end(heldBytes(pending));
     const { cookieHigh, cookieLow, offset, length } = pending;
     if (failure !== undefined) inFlight.errors++;

@@ -33,6 +33,13 @@ export interface Limits {
   readonly handshakeMsPerListedExport: number;
   /** For the server to open or describe one export, or to list all, milliseconds. */
   readonly openTimeoutMs: number;
+  /**
+   * For a device to answer a request that it answers later, milliseconds; 0: for ever. Then the client gets EIO, a sixteenth of
+   * the time later at most (and a second at most). Until the device settles, the request keeps its memory and its place among
+   * those in flight, and if it is a change, its range is not changed by others. Time spent waiting for memory, or for the
+   * client, does not count.
+   */
+  readonly requestTimeoutMs: number;
   /** Longest option data that is parsed, bytes. Longer data are drained and answered NBD_REP_ERR_TOO_BIG. */
   readonly maxOptionBytes: number;
   /** Longest option data that are drained, bytes. Longer data close the connection. */
@@ -86,6 +93,9 @@ export const DEFAULT_LIMITS: Limits = {
   handshakeMsPerListedExport: 20,
   // Longer than remote storage may retry before it reports an error: so the client receives that error.
   openTimeoutMs: 120_000,
+  // Only who wrote the device knows how long it may take: remote storage may stop for minutes and go on, but a guest that gets
+  // EIO remounts its disk read-only. Clients that do not want to wait have time-outs of their own.
+  requestTimeoutMs: 0,
   // A name of 4096 bytes with 65535 information requests does not fit; no client sends more than a dozen.
   maxOptionBytes: 64 * 1024,
   maxDrainedOptionBytes: 1024 * 1024,

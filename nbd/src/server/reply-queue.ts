@@ -246,6 +246,11 @@ export class ReplyQueue {
     this.#unpin(block);
   }
 
+  /** A detached read has ended, and was answered before. */
+  dropRead(block: Block): void {
+    this.#unpin(block);
+  }
+
   /** A detached read has finished, with its data in place. */
   completeRead(block: Block, at: number, cookieHigh: number, cookieLow: number, offset: number, length: number): void {
     if (!this.#isClosed) {

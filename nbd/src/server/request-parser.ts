@@ -36,6 +36,11 @@ import type { TransmissionHost } from './transmission-host.js';
 
 const SHUTTING_DOWN: Refusal = { errno: NBD_ERRNO.ESHUTDOWN, message: 'the server is shutting down' };
 
+const NOT_ANSWERING: Refusal = {
+  errno: NBD_ERRNO.EIO,
+  message: 'the export does not answer, and has as many requests as it may have',
+};
+
 /** What the parser works with: the other parts of the same transmission. */
 export interface ParserParts {
   readonly host: TransmissionHost;
@@ -160,7 +165,8 @@ export class RequestParser {
       }
 
       this.requests++;
-      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.#rules);
+      let refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.#rules);
+      if (this.#inFlight.overdue > 0 && this.#inFlight.areStuck) refusal ??= NOT_ANSWERING;
       if (this.#host.observer.onRequest !== undefined) this.#report(refusal);
 
       const { payloadLength } = request;

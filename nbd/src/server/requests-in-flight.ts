@@ -4,13 +4,17 @@
  */
 
 import { CMD, commandName, errorName, NBD_ERRNO } from '../protocol/wire.js';
+import type { DeviceError } from '../block-device.js';
 import { failureOf, type Asked, type Failure } from './failure.js';
+import type { TimedRequest } from './overdue-requests.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 const GIVEN_UP: Failure = Object.freeze({ errno: NBD_ERRNO.EIO, message: 'the client seemed to be gone' });
 
 export class RequestsInFlight {
   count = 0;
+  /** Those of them that were answered, since their time was up. */
+  overdue = 0;
   /** Bytes of memory that they hold: data read or written, extents of block statuses. */
   bytes = 0;
   /** Requests answered with an error. */
@@ -40,6 +44,37 @@ export class RequestsInFlight {
   end(bytes: number): void {
     this.count--;
     this.bytes -= bytes;
+  }
+
+  /** Requests that their client waits for. */
+  get unanswered(): number {
+    return this.count - this.overdue;
+  }
+
+  /**
+   * Whether the client gets no answer of the device any more: as many requests are in flight as there may be, and the time of all
+   * of them is up.
+   */
+  get areStuck(): boolean {
+    if (this.overdue === 0 || this.overdue < this.count) return false;
+    const { maxInFlightRequests, maxInFlightBytes } = this.#host.limits;
+    return this.count >= maxInFlightRequests || this.bytes >= maxInFlightBytes;
+  }
+
+  /** The time of a request is up: it is to be answered with the result, and stays in flight until the device settles. */
+  timeUp(request: TimedRequest & Asked, error: DeviceError): Failure {
+    this.overdue++;
+    this.errors++;
+    this.#host.overdue.take(this.#host.exportKey, request);
+    return this.failureOf(error, request);
+  }
+
+  /** The device has settled a request whose time was up. `bytes`: as at its begin. */
+  settledLate(request: TimedRequest, bytes: number): void {
+    request.isOverdue = false;
+    this.overdue--;
+    this.end(bytes);
+    this.#host.overdue.settled(this.#host.exportKey, request);
   }
 
   /** The failure to send for an error of the device, which is reported. Never throws. */

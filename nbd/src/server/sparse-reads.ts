@@ -3,12 +3,13 @@
  * device for holes, and the reads of the data parts; read-plan.ts lays out the reply.
  */
 
-import { ALLOCATION_CONTEXT } from '../block-device.js';
+import { ALLOCATION_CONTEXT, type DeviceError } from '../block-device.js';
 import { CMD, CMD_FLAG } from '../protocol/wire.js';
 import { readShortfall } from '../transferred.js';
 import type { MemoryAccount } from './buffer-pool.js';
 import type { Asked, Failure } from './failure.js';
 import { fillsBuffer, type ServedDevice } from './geometry.js';
+import { TimedRequest } from './overdue-requests.js';
 import { promiseOf } from './promised.js';
 import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
 import { addresseeOf, type Addressee, type ReplyEncoder } from './reply-encoder.js';
@@ -23,6 +24,34 @@ import type { TransmissionHost } from './transmission-host.js';
  * from a full disk (1.4 to 1.8 GB/s with it, 1.9 to 2.0 without).
  */
 const MAX_ASK_INTERVAL = 31;
+
+/** A read in parts that is in flight. */
+class SparseRead extends TimedRequest implements Asked {
+  readonly type = CMD.READ;
+  readonly flags: number;
+  readonly offset: number;
+  readonly length: number;
+
+  readonly #owner: SparseReads;
+
+  constructor(
+    owner: SparseReads,
+    readonly to: Addressee,
+    { flags, offset, length }: Request,
+    /** When it began, if somebody wants to know. */
+    readonly startedAt: number,
+  ) {
+    super();
+    this.#owner = owner;
+    this.flags = flags;
+    this.offset = offset;
+    this.length = length;
+  }
+
+  overdue(error: DeviceError): void {
+    this.#owner.timeUp(this, error);
+  }
+}
 
 export class SparseReads {
   /** Whether the client takes holes, and whether the device reports them. */
@@ -100,8 +129,7 @@ export class SparseReads {
       const parts = plan.finish();
       if (parts.length === 1 && parts[0]?.isHole === false) return false;
     }
-    const asked = { type: CMD.READ, flags: request.flags, offset, length };
-    void this.#readInParts(addresseeOf(request), plan, extents, asked, startedAt);
+    void this.#readInParts(new SparseRead(this, addresseeOf(request), request, startedAt), plan, extents);
     return true;
   }
 
@@ -124,26 +152,26 @@ export class SparseReads {
   }
 
   /** Read the data parts, each into its chunk, and send all chunks together. */
-  async #readInParts(
-    to: Addressee,
-    plan: ReadPlan,
-    extents: Promise<unknown> | undefined,
-    asked: Asked,
-    startedAt: number,
-  ): Promise<void> {
+  async #readInParts(read: SparseRead, plan: ReadPlan, extents: Promise<unknown> | undefined): Promise<void> {
     const inFlight = this.#inFlight;
-    const { length } = asked;
+    const { overdue } = this.#host;
+    const { length } = read;
     // There is room for all of it. How much it needs is known when the extents are known.
     this.#host.pool.claim(this.#account, length);
     inFlight.begin(length);
+    if (overdue.isOn) overdue.begin(read);
     if (extents !== undefined) {
       try {
         await extents;
       } catch (error) {
         // A device that fails to report extents may still be able to read.
-        inFlight.failureOf(error, asked);
+        inFlight.failureOf(error, read);
         plan.forget();
       }
+    }
+    if (this.#wasAnswered(read)) {
+      this.#host.pool.unclaim(this.#account, length);
+      return;
     }
     const parts = plan.finish();
     if (extents !== undefined) {
@@ -154,8 +182,13 @@ export class SparseReads {
     const bytes = sizeOfParts(parts, this.#encoder);
     this.#host.pool.unclaim(this.#account, length);
     const block = this.#replies.beginParts(bytes);
-    const data = layParts(block.buffer, parts, to, this.#encoder);
-    const failure = await this.#readParts(parts, data, asked);
+    const data = layParts(block.buffer, parts, read.to, this.#encoder);
+    const failure = await this.#readParts(parts, data, read);
+    if (this.#wasAnswered(read)) {
+      this.#replies.dropParts(block);
+      return;
+    }
+    overdue.end(read);
     inFlight.end(length);
     if (failure === undefined) {
       inFlight.bytesRead += length;
@@ -163,9 +196,26 @@ export class SparseReads {
     } else {
       inFlight.errors++;
       this.#replies.dropParts(block);
-      this.#replies.error(to, failure);
+      this.#replies.error(read.to, failure);
     }
-    if (inFlight.areObserved) inFlight.done(asked, startedAt, failure?.errno ?? 0);
+    if (inFlight.areObserved) inFlight.done(read, read.startedAt, failure?.errno ?? 0);
+    inFlight.settled();
+  }
+
+  /** Whether its time was up before; then it is over now, and only its memory is left to be given back. */
+  #wasAnswered(read: SparseRead): boolean {
+    if (!read.isOverdue) return false;
+    this.#inFlight.settledLate(read, read.length);
+    this.#inFlight.settled();
+    return true;
+  }
+
+  /** For SparseRead only: its time is up. Its memory is kept, since the device may still use it. */
+  timeUp(read: SparseRead, error: DeviceError): void {
+    const inFlight = this.#inFlight;
+    const failure = inFlight.timeUp(read, error);
+    this.#replies.error(read.to, failure);
+    if (inFlight.areObserved) inFlight.done(read, read.startedAt, failure.errno);
     inFlight.settled();
   }
 
@@ -179,7 +229,8 @@ export class SparseReads {
     const result = results[failed];
     const part = dataParts[failed];
     if (result?.status !== 'rejected' || part === undefined) return undefined;
-    const failure = this.#inFlight.failureOf(result.reason, { ...asked, offset: part.offset, length: part.length });
+    const { type, flags } = asked;
+    const failure = this.#inFlight.failureOf(result.reason, { type, flags, offset: part.offset, length: part.length });
     // The parts before the failed one were read.
     return { ...failure, offset: failure.offset ?? part.offset };
   }

@@ -7,6 +7,7 @@ import type { ClientSignal } from './client-signal.js';
 import type { GuardedObserver } from './guarded-observer.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
+import type { OverdueRequests } from './overdue-requests.js';
 
 export interface TransmissionHost {
   readonly id: number;
@@ -15,6 +16,9 @@ export interface TransmissionHost {
   readonly socket: Duplex;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
+  readonly overdue: OverdueRequests;
+  /** See ExportInfo.countedAs. */
+  readonly exportKey: string;
   readonly limits: Limits;
   readonly observer: GuardedObserver;
   /** Its signal goes to every method of the device. */
