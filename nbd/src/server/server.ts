@@ -12,7 +12,7 @@ import type { ServerTls } from '../protocol/tls.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
 import { ConnectionLoop } from './connection-loop.js';
-import { limitsFrom, type Limits } from './limits.js';
+import { limitsFrom, MAX_TIMER_MS, type Limits } from './limits.js';
 import { bindListener, ListenError, peerOf, type BoundAddress, type ListenOptions } from './listening.js';
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
 import { GuardedObserver } from './guarded-observer.js';
@@ -49,6 +49,12 @@ export interface ServerOptions {
    * that of this thread. The server owns them: it stops them when it is closed.
    */
   readonly loops?: readonly ServingLoop[];
+  /**
+   * For tests of a device: it gets private copies of the data that it writes and of the memory that it reads into, which are
+   * overwritten with "POISONED" when its call has settled. A device that keeps `data`, or fills `into` too late, is found by
+   * what it then stores or sends. Every read and write costs a copy. Loops in other threads have their own option.
+   */
+  readonly poisonBuffers?: boolean;
 }
 
 /** How long close() waits for requests in flight by default, milliseconds. */
@@ -89,7 +95,9 @@ export class NbdServer {
     this.#limits = limitsFrom(options.limits);
     this.#admission = new Admission(this.#limits);
     const offenders = new Offenders(this.#limits.maxViolationDelayMs);
-    this.#here = new ConnectionLoop({ provider, observer, limits: this.#limits, offenders, ...(tls && { tls }) });
+    const { poisonBuffers } = options;
+    const limits = this.#limits;
+    this.#here = new ConnectionLoop({ provider, observer, limits, offenders, poisonBuffers, ...(tls && { tls }) });
     this.#loops = new Map((options.loops ?? [this.#here]).map((loop) => [loop, 0]));
     const all = this.#allLoops();
     for (const loop of all) loop.shareMemory(this.#limits.maxMemoryBytes / all.length);
@@ -125,8 +133,9 @@ export class NbdServer {
     const listener = net.createServer({
       allowHalfOpen: true,
       noDelay: true,
-      keepAlive: true,
-      keepAliveInitialDelay: this.#limits.keepAliveMs,
+      keepAlive: this.#limits.keepAliveMs > 0,
+      // Node cuts it to whole seconds, and the system accepts no 0.
+      keepAliveInitialDelay: Math.max(1000, this.#limits.keepAliveMs),
       // A connection served in another thread must be read there, from the first byte on.
       pauseOnConnect: this.#servesElsewhere(),
     });
@@ -356,44 +365,63 @@ export class NbdServer {
   /**
    * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every connection is
    * over and its device closed. After `graceMs` milliseconds the remaining sockets are closed; then only a device that never
-   * finishes a request can be left (`connections` shows which).
+   * finishes a request can be left (`connections` shows which). `graceMs: Infinity` waits as long as it takes.
+   * Errors: RangeError (graceMs is no time), and nothing is closed.
    *
    * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
    * unanswered requests, but report ESHUTDOWN as an I/O error.
    */
   close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
-    this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
+    const { graceMs = DEFAULT_GRACE_MS, refuse = true } = options;
+    if (typeof graceMs !== 'number' || !(graceMs >= 0)) {
+      return Promise.reject(new RangeError(`graceMs must be a number of milliseconds from 0 on, or Infinity`));
+    }
+    this.#closing ??= this.#shutDown(graceMs, refuse);
     return this.#closing;
   }
 
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
     this.#stopListening();
-    for (const connection of this.#open.values()) connection.abort('the server was stopped');
+    for (const connection of this.#open.values())
+      this.#guard('abort', () => connection.abort('the server was stopped'));
   }
 
   async #shutDown(graceMs: number, refuse: boolean): Promise<void> {
     this.#stopListening();
-    for (const connection of this.#open.values()) connection.shutdown({ refuse });
+    for (const connection of this.#open.values()) this.#guard('shutdown', () => connection.shutdown({ refuse }));
     if (await within(graceMs, this.#allOver())) return;
     this.destroy();
     await within(FORCED_CLOSE_WAIT_MS, this.#allOver());
   }
 
+  /** A loop or connection of the program's own fails: the others are still stopped. */
+  #guard(method: string, call: () => void): void {
+    try {
+      call();
+    } catch (error) {
+      this.#observer.onError(error, { source: 'callback', method, expected: false });
+    }
+  }
+
   async #allOver(): Promise<void> {
-    await Promise.all(Array.from(this.#open.values(), (connection) => connection.over));
+    await Promise.allSettled(Array.from(this.#open.values(), (connection) => connection.over));
   }
 
   #stopListening(): void {
     this.#isClosed = true;
-    for (const loop of this.#allLoops()) loop.stop();
+    for (const loop of this.#allLoops()) this.#guard('stop', () => loop.stop());
     for (const listener of this.#listeners) listener.close();
     this.#listeners.clear();
   }
 }
 
-/** Whether `work` is done within `timeoutMs`. */
+/** Whether `work` is done within `timeoutMs`; a time longer than a timer can wait has no end. */
 async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> {
+  if (timeoutMs > MAX_TIMER_MS) {
+    await work;
+    return true;
+  }
   let timer: NodeJS.Timeout | undefined;
   const timeout = new Promise<boolean>((resolve) => {
     timer = setTimeout(() => resolve(false), timeoutMs);
