@@ -1,6 +1,7 @@
 /** The one error class of the client, and its codes. */
 
 import type { DeviceErrorCode } from '../block-device.js';
+import { isInstance } from '../brand.js';
 
 /**
  * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed
@@ -19,6 +20,8 @@ export type NbdClientErrorCode =
   | 'PROTOCOL'
   | 'CLOSED';
 
+const CLIENT_ERROR = Symbol.for('nbd-server-ts.NbdClientError');
+
 /** A failure of the client, with the server's message if there is one. */
 export class NbdClientError extends Error {
   /** The offset in the export at which a request failed, if the server sent it. */
@@ -32,5 +35,14 @@ export class NbdClientError extends Error {
     super(message, options);
     this.name = 'NbdClientError';
     this.offset = options?.offset;
+  }
+
+  /** Also errors of another copy of this package. */
+  static override [Symbol.hasInstance](value: unknown): boolean {
+    return isInstance(this, NbdClientError, CLIENT_ERROR, value);
+  }
+
+  get [CLIENT_ERROR](): true {
+    return true;
   }
 }

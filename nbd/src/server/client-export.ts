@@ -17,10 +17,9 @@ import type { ClientSignal } from './client-signal.js';
 import { checkedInfo } from './export-info.js';
 import type { GuardedObserver } from './guarded-observer.js';
 import type { Leftovers } from './leftovers.js';
-import type { Limits } from './limits.js';
+import { MAX_TIMER_MS, orNever, type Limits } from './limits.js';
 import type { ErrorContext } from './observer.js';
 import { promiseOf } from './promised.js';
-import { LONGEST_TIMER_MS } from './timers.js';
 
 export interface OpenExport {
   readonly device: AnyDevice;
@@ -187,7 +186,7 @@ export class ClientExport {
         this.failed(new Error(`it has not closed within ${openTimeoutMs} ms`), method);
         this.onStuckClose();
       },
-      Math.min(openTimeoutMs, LONGEST_TIMER_MS),
+      Math.min(orNever(openTimeoutMs), MAX_TIMER_MS),
     ).unref();
     try {
       await device.close?.(ending);

@@ -22,6 +22,7 @@ import { LoopTime } from './loop-time.js';
 import type { ServerObserver } from './observer.js';
 import { OverdueRequests } from './overdue-requests.js';
 import { Offenders, type OffenderCounts } from './offenders.js';
+import { poisoned } from './poisoned-device.js';
 import type { AcceptedConnection, Progress, ServedConnection, ServingLoop } from './serving-loop.js';
 import { StallWatch } from './stall-watch.js';
 
@@ -36,6 +37,8 @@ export interface ConnectionLoopOptions {
   readonly tls?: ServerTls;
   /** Counts of violations that several loops share; by default the loop has its own. */
   readonly offenders?: OffenderCounts;
+  /** See ServerOptions.poisonBuffers. */
+  readonly poisonBuffers?: boolean | undefined;
 }
 
 /** A stream that the program accepted, and the bytes read from it. */
@@ -65,8 +68,9 @@ export class ConnectionLoop implements ServingLoop {
   constructor(options: ConnectionLoopOptions) {
     const limits = limitsFrom(options.limits);
     this.#tls = options.tls;
+    const provider = options.poisonBuffers === true ? poisoned(options.provider) : options.provider;
     this.#resources = {
-      ...{ provider: options.provider, observer: GuardedObserver.of(options.observer), limits },
+      ...{ provider, observer: GuardedObserver.of(options.observer), limits },
       pool: new BufferPool(checkedMemory(limits.maxMemoryBytes)),
       loop: new LoopShare(),
       time: new LoopTime(),

@@ -4,10 +4,9 @@
  * sets and that stands still while the server cannot receive (LoopTime).
  */
 import { ExportError } from '../block-device.js';
-import type { Limits } from './limits.js';
+import { MAX_TIMER_MS, orNever, type Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
 import { promiseOf } from './promised.js';
-import { LONGEST_TIMER_MS } from './timers.js';
 
 export class HandshakeClock {
   readonly #limits: Limits;
@@ -36,7 +35,7 @@ export class HandshakeClock {
     this.#onOver = onOver;
     this.#startedAt = time.now();
     this.#heardAt = this.#startedAt;
-    this.#shortLeftMs = limits.openTimeoutMs;
+    this.#shortLeftMs = orNever(limits.openTimeoutMs);
     this.#wait();
   }
 
@@ -88,8 +87,7 @@ export class HandshakeClock {
     // It looks again when it is due, instead of being restarted by every option.
     if (this.#isStopped) return;
     clearTimeout(this.#timer);
-    const ms = Math.max(1, Math.ceil(this.#left()));
-    this.#timer = setTimeout(() => this.#look(), Math.min(ms, LONGEST_TIMER_MS));
+    this.#timer = setTimeout(() => this.#look(), Math.min(MAX_TIMER_MS, Math.max(1, Math.ceil(this.#left()))));
   }
 
   #look(): void {
@@ -113,8 +111,8 @@ export class HandshakeClock {
 
   #left(): number {
     const now = this.#time.now();
-    const { handshakeTimeoutMs, openTimeoutMs } = this.#limits;
-    if (this.#doing !== undefined) return this.#doingSince + openTimeoutMs - now;
+    const handshakeTimeoutMs = orNever(this.#limits.handshakeTimeoutMs);
+    if (this.#doing !== undefined) return this.#doingSince + orNever(this.#limits.openTimeoutMs) - now;
     const silence = this.#heardAt + handshakeTimeoutMs - now;
     const whole = this.#startedAt + handshakeTimeoutMs + this.#moreMs + this.#servedMs - now;
     return Math.min(silence, whole);

@@ -50,6 +50,12 @@ export interface ServerOptions {
    * that of this thread. The server owns them: it stops them when it is closed.
    */
   readonly loops?: readonly ServingLoop[];
+  /**
+   * For tests of a device: it gets private copies of the data that it writes and of the memory that it reads into, which are
+   * overwritten with "POISONED" when its call has settled. A device that keeps `data`, or fills `into` too late, is found by
+   * what it then stores or sends. Every read and write costs a copy. Loops in other threads have their own option.
+   */
+  readonly poisonBuffers?: boolean;
 }
 
 /** What is left when an orderly end does not wait any longer. */
@@ -97,7 +103,9 @@ export class NbdServer {
     this.#limits = limitsFrom(options.limits);
     this.#admission = new Admission(this.#limits);
     const offenders = new Offenders(this.#limits.maxViolationDelayMs);
-    this.#here = new ConnectionLoop({ provider, observer, limits: this.#limits, offenders, ...(tls && { tls }) });
+    const { poisonBuffers } = options;
+    const limits = this.#limits;
+    this.#here = new ConnectionLoop({ provider, observer, limits, offenders, poisonBuffers, ...(tls && { tls }) });
     this.#loops = new Map((options.loops ?? [this.#here]).map((loop) => [loop, 0]));
     const all = this.#allLoops();
     for (const loop of all) loop.shareMemory(this.#limits.maxMemoryBytes / all.length);
@@ -133,8 +141,9 @@ export class NbdServer {
     const listener = net.createServer({
       allowHalfOpen: true,
       noDelay: true,
-      keepAlive: true,
-      keepAliveInitialDelay: this.#limits.keepAliveMs,
+      keepAlive: this.#limits.keepAliveMs > 0,
+      // Node cuts it to whole seconds, and the system accepts no 0.
+      keepAliveInitialDelay: Math.max(1000, this.#limits.keepAliveMs),
       // A connection served in another thread must be read there, from the first byte on.
       pauseOnConnect: this.#servesElsewhere(),
     });
@@ -399,12 +408,17 @@ export class NbdServer {
    * over and its device closed. After `graceMs` milliseconds (Infinity: never) the remaining sockets are closed, and the signals
    * of their devices aborted; devices get one more second. What is `unfinished` then waits for its device; it is also reported
    * to the observer.
+   * Errors: RangeError (graceMs is no time), and nothing is closed.
    *
    * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
    * unanswered requests, but report ESHUTDOWN as an I/O error.
    */
   close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<Unfinished> {
-    this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
+    const { graceMs = DEFAULT_GRACE_MS, refuse = true } = options;
+    if (typeof graceMs !== 'number' || !(graceMs >= 0)) {
+      return Promise.reject(new RangeError(`graceMs must be a number of milliseconds from 0 on, or Infinity`));
+    }
+    this.#closing ??= this.#shutDown(graceMs, refuse);
     return this.#closing;
   }
 
@@ -426,12 +440,14 @@ export class NbdServer {
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
     this.#stop();
-    for (const connection of this.#open.values()) connection.abort('the server was stopped');
+    for (const connection of this.#open.values()) {
+      this.#guard('abort', () => connection.abort('the server was stopped'));
+    }
   }
 
   async #shutDown(graceMs: number, refuse: boolean): Promise<Unfinished> {
     this.#stop();
-    for (const connection of this.#open.values()) connection.shutdown({ refuse });
+    for (const connection of this.#open.values()) this.#guard('shutdown', () => connection.shutdown({ refuse }));
     if (await within(graceMs, this.#allOver())) return { unfinished: [] };
     this.destroy();
     await within(FORCED_CLOSE_WAIT_MS, this.#allOver());
@@ -451,7 +467,9 @@ export class NbdServer {
 
   /** When all connections of this moment, and those that are accepted meanwhile, are over. */
   async #allOver(): Promise<void> {
-    while (this.#open.size > 0) await Promise.all(Array.from(this.#open.values(), (connection) => connection.over));
+    while (this.#open.size > 0) {
+      await Promise.allSettled(Array.from(this.#open.values(), (connection) => connection.over));
+    }
   }
 
   #unfinished(): Unfinished {
@@ -460,7 +478,16 @@ export class NbdServer {
 
   #stop(): void {
     this.#stopListening('the server is closed');
-    for (const loop of this.#allLoops()) loop.stop();
+    for (const loop of this.#allLoops()) this.#guard('stop', () => loop.stop());
+  }
+
+  /** A loop or connection of the program's own fails: the others are still stopped. */
+  #guard(method: string, call: () => void): void {
+    try {
+      call();
+    } catch (error) {
+      this.#observer.onError(error, { source: 'callback', method, expected: false });
+    }
   }
 
   #stopListening(why: 'the server is draining' | 'the server is closed'): void {

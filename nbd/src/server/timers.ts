@@ -1,11 +1,10 @@
-/** Timers of any length: those of Node are due at once if they are longer than 2^31-1 ms. It owns that limit. */
+/** Waiting for no longer than a time, or than a signal allows. It owns nothing, and stops no work. */
 
-/** The longest timer, milliseconds: 24.8 days. */
-export const LONGEST_TIMER_MS = 2 ** 31 - 1;
+import { MAX_TIMER_MS } from './limits.js';
 
-/** Whether `work` is done within `timeoutMs`; Infinity: however long it takes. */
+/** Whether `work` is done within `timeoutMs`; a time longer than a timer can wait has no end. */
 export async function within(timeoutMs: number, work: Promise<unknown>): Promise<boolean> {
-  if (timeoutMs > LONGEST_TIMER_MS) {
+  if (timeoutMs > MAX_TIMER_MS) {
     await work;
     return true;
   }
