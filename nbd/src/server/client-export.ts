@@ -8,7 +8,7 @@ import type { AnyDevice } from '../device.js';
 import { checkedInfo } from './export-info.js';
 import type { GuardedObserver } from './guarded-observer.js';
 import type { ErrorContext } from './observer.js';
-import { promiseOf } from './promised.js';
+import { awaited, promiseOf } from './promised.js';
 
 export interface OpenExport {
   readonly device: AnyDevice;
@@ -16,7 +16,7 @@ export interface OpenExport {
 }
 
 /** Which of the program's methods failed. */
-type FailedMethod = Required<Pick<ErrorContext, 'source' | 'method'>> & { readonly exportName?: string | undefined };
+type FailedMethod = Pick<ErrorContext, 'source' | 'method' | 'peer' | 'exportName'>;
 
 export class ClientExport {
   /** The opened export's own name; undefined while none is open. */
@@ -50,7 +50,7 @@ export class ClientExport {
    */
   async open(name: string, peer: Peer): Promise<OpenExport> {
     this.#peer = peer;
-    const opened: unknown = await this.#provider.open(name, peer);
+    const opened: unknown = await awaited(this.#provider.open(name, peer));
     if (typeof opened !== 'object' || opened === null) throw new Error('open returned no device and info');
     const { device } = opened as { readonly device?: unknown };
     if (typeof device !== 'object' || device === null) throw new Error('open returned no device');
@@ -67,7 +67,7 @@ export class ClientExport {
     const device = this.#device;
     this.#device = undefined;
     try {
-      await device?.close?.(ending);
+      await awaited(device?.close?.(ending));
     } catch (error) {
       this.failed(error, { source: 'device', method: 'close' });
     }
@@ -78,7 +78,7 @@ export class ClientExport {
   /** The connection of `peer` is over, or continues as another peer under TLS. */
   left(peer: Peer): void {
     this.refused = undefined;
-    const failed = (error: unknown): void => this.failed(error, { source: 'provider', method: 'left' });
+    const failed = (error: unknown): void => this.failed(error, { source: 'provider', method: 'left', peer });
     try {
       promiseOf(this.#provider.left?.(peer))?.then(undefined, failed);
     } catch (error) {
@@ -87,9 +87,9 @@ export class ClientExport {
   }
 
   /** Report an error of the provider or the device. `isExpected`: the client was told what has happened. */
-  failed(error: unknown, { source, method, exportName }: FailedMethod, isExpected = false): void {
+  failed(error: unknown, { source, method, peer, exportName }: FailedMethod, isExpected = false): void {
     this.#observer.onError(error, {
-      ...{ id: this.#connectionId, peer: this.#peer, exportName: exportName ?? this.name, source, method },
+      ...{ id: this.#connectionId, peer: peer ?? this.#peer, exportName: exportName ?? this.name, source, method },
       expected: isExpected,
     });
   }

@@ -86,7 +86,8 @@ export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<
     };
   } catch (error) {
     const { type, message, isExpected } = refusalOf(error);
-    if (type === undefined) host.export.failed(error, { source: 'provider', method: 'open', exportName }, isExpected);
+    if (type === undefined)
+      host.export.failed(error, { source: 'provider', method: 'open', peer: host.peer, exportName }, isExpected);
     return close(message);
   }
 }
