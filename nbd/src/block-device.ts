@@ -257,7 +257,10 @@ export class ExportError extends Error {
 export interface OpenContext {
   /** The id of the connection, as in ConnectionInfo. */
   readonly id: number;
-  /** Aborted when the client is gone, or the connection is closed; the same that the device's methods get. */
+  /**
+   * Aborted when the client is gone, or the connection is closed; the same that the device's methods get. A listener that
+   * throws ends the process, unless that handles uncaught exceptions: Node reports it so, and the server cannot catch it.
+   */
   readonly signal: AbortSignal;
 }
 

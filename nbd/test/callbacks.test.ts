@@ -61,8 +61,11 @@ describe('answers that come later', () => {
   };
   const promise = Object.assign(Promise.resolve(), { then: twice.then });
   class Lazy extends Promise<void> {
-    override then<A, B>(fulfilled?: (() => A) | null, rejected?: ((error: unknown) => B) | null): Promise<A | B> {
-      return Promise.resolve().then(fulfilled as () => A, rejected);
+    override then<A = void, B = never>(
+      fulfilled?: ((value: void) => A | PromiseLike<A>) | null,
+      rejected?: ((error: unknown) => B | PromiseLike<B>) | null,
+    ): Promise<A | B> {
+      return Promise.resolve().then(fulfilled, rejected);
     }
   }
   const good: Record<string, () => unknown> = {
@@ -164,7 +167,7 @@ test('extents of nonsense, too late or of another request change no answer', asy
       data.every((byte) => byte === (isGood ? 0 : 7)),
       inspect(given),
     ).toBe(true);
-    const status = await withContext.blockStatus(0, 256 * 1024).catch((error: unknown) => error);
+    const status = await withContext.blockStatus(ALLOCATION_CONTEXT, 0, 256 * 1024).catch((error: unknown) => error);
     expect(status, inspect(given)).toBeDefined();
   }
   withContext.destroy();

@@ -83,12 +83,11 @@ export class ServerFuzzer {
     const output: Buffer[] = [];
     const ended = { isOver: false };
     ends.client.on('data', (chunk: Buffer) => output.push(chunk));
-    const over = new Promise<void>((resolve) => {
-      ends.client
-        .on('end', resolve)
-        .on('close', resolve)
-        .on('error', () => undefined);
-    }).then(() => void (ended.isOver = true));
+    const over = (): void => void (ended.isOver = true);
+    ends.client
+      .on('end', over)
+      .on('close', over)
+      .on('error', () => undefined);
     const id = this.server.serveConnection(ends.server);
     if (id === undefined) throw new Error('the connection was not served');
 
