@@ -8,6 +8,7 @@ import type { Duplex } from 'node:stream';
 import net from 'node:net';
 import tls from 'node:tls';
 import { constants } from 'node:crypto';
+import { encryptInParts } from './tls-output.js';
 
 /** 'on': a client may ask for TLS (SELECTIVETLS without TLS-only exports); 'require': it must (FORCEDTLS). */
 export type TlsMode = 'off' | 'on' | 'require';
@@ -113,6 +114,7 @@ export function acceptTls(
     });
     server.once('secureConnection', (secure) => {
       secure.allowHalfOpen = true;
+      encryptInParts(secure);
       const byKey = isByPreSharedKey(secure);
       resolve({ socket: secure, identity: identityOf(secure, byKey ? pskUser : undefined) });
     });
@@ -164,7 +166,10 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
     secure.once('secureConnect', () => {
       secure.off('error', fail);
       if (isPsk && !isByPreSharedKey(secure)) fail(new Error('the server did not use the pre-shared key'));
-      else resolve(secure);
+      else {
+        encryptInParts(secure);
+        resolve(secure);
+      }
     });
   });
 }
