@@ -48,6 +48,11 @@ export class ReceiveMemory {
     this.#account = account;
   }
 
+  /** The last receive filled all memory that it was given: more is waiting. */
+  get isFull(): boolean {
+    return this.#isFull;
+  }
+
   /** The buffer for the next bytes. */
   next(): Buffer {
     const block = this.#isFull ? this.#roomyBlock() : undefined;
