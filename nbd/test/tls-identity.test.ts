@@ -6,6 +6,7 @@
 import { execFile } from 'node:child_process';
 import { createHash, createPrivateKey, createPublicKey, sign, X509Certificate } from 'node:crypto';
 import { join } from 'node:path';
+import tls from 'node:tls';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, test } from 'vitest';
 import type { TlsIdentity } from '../src/index.js';
@@ -342,6 +343,27 @@ describe('a certificate made by hand', () => {
       }
     }
   });
+});
+
+test('the certificates that Node brings along are read as Node reads them', () => {
+  expect(tls.rootCertificates.length).toBeGreaterThan(50);
+  for (const pem of tls.rootCertificates) {
+    const node = new X509Certificate(pem);
+    const { subject, issuer, subjectAltNames, ...rest } = readCertificate(node.raw);
+    expect(rest).toEqual({
+      fingerprint256: node.fingerprint256,
+      serialNumber: node.serialNumber,
+      validTo: new Date(node.validTo).toISOString().replace('.000', ''),
+    });
+    // Some have alternative names: of email, and of a directory.
+    const email = subjectAltNames.filter(({ type }) => type === 'email').map(({ value }) => `email:${value}`);
+    expect(email).toEqual((node.subjectAltName ?? '').split(', ').filter((name) => name.startsWith('email:')));
+    expect(subject.map(({ type, value }) => `${type}=${value}`).join('\n')).toBe(
+      // Node escapes some characters.
+      node.subject.replaceAll(/\\(.)/g, '$1'),
+    );
+    expect(issuer).toEqual(subject);
+  }
 });
 
 function split(line: string): [string, string] {

@@ -305,6 +305,8 @@ function readInteger(bytes: Buffer): string {
   let number = BigInt(`0x${bytes.toString('hex')}`);
   const isNegative = (bytes[0] ?? 0) >= 0x80;
   if (isNegative) number = (1n << BigInt(8 * bytes.length)) - number;
+  // As OpenSSL.
+  if (number === 0n) return '0';
   const digits = number.toString(16).toUpperCase();
   return `${isNegative ? '-' : ''}${digits.length % 2 === 0 ? digits : `0${digits}`}`;
 }
