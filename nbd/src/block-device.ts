@@ -7,7 +7,7 @@
  */
 
 import { isInstance } from './brand.js';
-import type { TlsIdentity } from './protocol/tls.js';
+import type { TlsIdentity } from './protocol/tls-identity.js';
 
 /** An answer at once, or a promise of one. */
 export type Awaitable<T> = T | Promise<T>;

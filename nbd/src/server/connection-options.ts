@@ -3,7 +3,7 @@
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
 import type { AnyDevice } from '../device.js';
-import type { ServerTls } from '../protocol/tls.js';
+import type { ServerTls } from '../protocol/tls-material.js';
 import type { BufferPool } from './buffer-pool.js';
 import type { GuardedObserver } from './guarded-observer.js';
 import type { HeldSockets } from './held-sockets.js';
