@@ -6,8 +6,8 @@
  * method for each.
  */
 
-import { isInstance } from './brand.js';
-import type { TlsIdentity } from './protocol/tls.js';
+import { brand } from './brand.js';
+import type { TlsIdentity } from './protocol/tls-identity.js';
 
 /** An answer at once, or a promise of one. */
 export type Awaitable<T> = T | Promise<T>;
@@ -146,10 +146,12 @@ export function isDeviceErrorCode(code: unknown): code is DeviceErrorCode {
   return DEVICE_ERROR_CODES.has(code);
 }
 
-const DEVICE_ERROR = Symbol.for('nbd-server-ts.DeviceError');
-
 /** A failed request. `message` is sent to clients with chunked replies: it should be meaningful to the user of the export. */
 export class DeviceError extends Error {
+  static {
+    brand(this, 'DeviceError');
+  }
+
   /** The offset in the export at which it failed, if known: the part of the request's range before it has succeeded. */
   readonly offset: number | undefined;
 
@@ -163,15 +165,6 @@ export class DeviceError extends Error {
     if (!isDeviceErrorCode(code)) throw unknownCode('DeviceError', code, DEVICE_ERROR_CODES);
     this.name = 'DeviceError';
     this.offset = options?.offset;
-  }
-
-  /** Also errors of another copy of this package. */
-  static override [Symbol.hasInstance](value: unknown): boolean {
-    return isInstance(this, DeviceError, DEVICE_ERROR, value);
-  }
-
-  get [DEVICE_ERROR](): true {
-    return true;
   }
 }
 
@@ -228,10 +221,12 @@ const EXPORT_ERROR_CODES: ReadonlySet<unknown> = new Set<ExportErrorCode>([
   ...(['UNKNOWN', 'POLICY', 'TLS_REQUIRED', 'SHUTDOWN', 'FAILED'] as const),
 ]);
 
-const EXPORT_ERROR = Symbol.for('nbd-server-ts.ExportError');
-
 /** An export was not opened. `message` is sent to the client. `FAILED` is an error, and reported; the others are answers. */
 export class ExportError extends Error {
+  static {
+    brand(this, 'ExportError');
+  }
+
   /** Errors: TypeError (there is no such code). */
   constructor(
     readonly code: ExportErrorCode,
@@ -242,22 +237,16 @@ export class ExportError extends Error {
     if (!EXPORT_ERROR_CODES.has(code)) throw unknownCode('ExportError', code, EXPORT_ERROR_CODES);
     this.name = 'ExportError';
   }
-
-  /** Also errors of another copy of this package. */
-  static override [Symbol.hasInstance](value: unknown): boolean {
-    return isInstance(this, ExportError, EXPORT_ERROR, value);
-  }
-
-  get [EXPORT_ERROR](): true {
-    return true;
-  }
 }
 
 /** The connection that an export is opened, or described, for. */
 export interface OpenContext {
   /** The id of the connection, as in ConnectionInfo. */
   readonly id: number;
-  /** Aborted when the client is gone, or the connection is closed; the same that the device's methods get. */
+  /**
+   * Aborted when the client is gone, or the connection is closed; the same that the device's methods get. A listener that
+   * throws ends the process, unless that handles uncaught exceptions: Node reports it so, and the server cannot catch it.
+   */
   readonly signal: AbortSignal;
 }
 

@@ -1,14 +1,21 @@
 /**
  * `instanceof` for the error classes of this package where it is loaded twice (two versions in one program, CommonJS beside
- * ESM, a bundle): an error is of the class that it was made by, whichever copy that was. It owns the rule; each class owns its
- * brand, a symbol of the global registry that stands on its prototype.
+ * ESM, a bundle): an error is of the class that it was made by, whichever copy that was. It owns the rule, and leaves no trace
+ * in the types: those of two copies fit each other.
  */
 
 /**
- * Whether `value` is an instance for `value instanceof asked`. For `branded` itself the brand decides; for a subclass, which
- * inherits the method, the prototype chain, as usual.
+ * Mark all instances of `branded` with a symbol of the global registry, by which `instanceof branded` then decides. For its
+ * subclasses the prototype chain does, as usual. `name`: that of the class.
  */
-export function isInstance(asked: unknown, branded: unknown, brand: symbol, value: unknown): boolean {
-  if (asked !== branded) return Function.prototype[Symbol.hasInstance].call(asked, value);
-  return typeof value === 'object' && value !== null && brand in value;
+export function brand(branded: { readonly prototype: object }, name: string): void {
+  const mark = Symbol.for(`nbd-server-ts.${name}`);
+  Object.defineProperty(branded.prototype, mark, { value: true });
+  Object.defineProperty(branded, Symbol.hasInstance, {
+    value(this: unknown, value: unknown): boolean {
+      // Inherited by subclasses.
+      if (this !== branded) return Function.prototype[Symbol.hasInstance].call(this, value);
+      return typeof value === 'object' && value !== null && mark in value;
+    },
+  });
 }

@@ -55,7 +55,11 @@ describe('on the wire', () => {
     for (const name of ['code', 'message', 'offset']) {
       expect(failureOf(changed(failing(name)), ASKED)).toMatchObject({ errno: NBD_ERRNO.EIO, isExpected: false });
     }
-    const traps = { get: () => expect.fail('get'), has: () => expect.fail('has'), getPrototypeOf: () => expect.fail('p') };
+    const traps = {
+      get: () => expect.fail('get'),
+      has: () => expect.fail('has'),
+      getPrototypeOf: () => expect.fail('p'),
+    };
     expect(failureOf(new Proxy({}, traps), ASKED).errno).toBe(NBD_ERRNO.EIO);
     expect(failureOf(new Proxy(new Error('x'), traps), ASKED).errno).toBe(NBD_ERRNO.EIO);
   });
@@ -125,7 +129,10 @@ describe('on the wire', () => {
       expect(reply).toMatchObject({ type, data: Buffer.from(`because of ${code}`) });
     }
     expect(errors).toMatchObject([
-      { error: { code: 'FAILED' }, context: { source: 'provider', method: 'describe', exportName: 'FAILED', expected: true } },
+      {
+        error: { code: 'FAILED' },
+        context: { source: 'provider', method: 'describe', exportName: 'FAILED', expected: true },
+      },
     ]);
   });
 });
@@ -161,7 +168,13 @@ describe('errors of the system', () => {
     const fail = (): never => {
       throw new DeviceError('ENOTSUP', 'not fast');
     };
-    const device: Device = { size: 2 ** 20, read: () => undefined, write: () => undefined, zero: fail, canFastZero: true };
+    const device: Device = {
+      size: 2 ** 20,
+      read: () => undefined,
+      write: () => undefined,
+      zero: fail,
+      canFastZero: true,
+    };
     const { client, errors } = await careless(only(device));
     const one = await client();
     await expect(one.zero(0, 512, { fastZero: true })).rejects.toMatchObject({ code: 'ENOTSUP' });

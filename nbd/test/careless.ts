@@ -58,7 +58,7 @@ export async function careless(
     ...{ server, path, errors },
     messages: () => errors.map(({ error }) => (error instanceof Error ? error.message : String(error))),
     async client(clientOptions = {}, exportName = 'disk') {
-      const client = await NbdClient.connect({ path, ...clientOptions } as ClientOptions);
+      const client = await NbdClient.connect({ path, ...clientOptions });
       onTestFinished(() => client.destroy());
       await client.go(exportName);
       return client;

@@ -1,7 +1,7 @@
 /** The one error class of the client, and its codes. */
 
 import type { DeviceErrorCode } from '../block-device.js';
-import { isInstance } from '../brand.js';
+import { brand } from '../brand.js';
 
 /**
  * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed
@@ -20,10 +20,12 @@ export type NbdClientErrorCode =
   | 'PROTOCOL'
   | 'CLOSED';
 
-const CLIENT_ERROR = Symbol.for('nbd-server-ts.NbdClientError');
-
 /** A failure of the client, with the server's message if there is one. */
 export class NbdClientError extends Error {
+  static {
+    brand(this, 'NbdClientError');
+  }
+
   /** The offset in the export at which a request failed, if the server sent it. */
   readonly offset: number | undefined;
 
@@ -35,14 +37,5 @@ export class NbdClientError extends Error {
     super(message, options);
     this.name = 'NbdClientError';
     this.offset = options?.offset;
-  }
-
-  /** Also errors of another copy of this package. */
-  static override [Symbol.hasInstance](value: unknown): boolean {
-    return isInstance(this, NbdClientError, CLIENT_ERROR, value);
-  }
-
-  get [CLIENT_ERROR](): true {
-    return true;
   }
 }

@@ -8,6 +8,7 @@ import { completeDevice, completeGeometry, isBlockDevice, type AnyDevice } from 
 import { checkedInfo } from './export-info.js';
 import { geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
 import type { CheckedExport, HandshakeHost } from './handshake-host.js';
+import { awaited } from './promised.js';
 
 /**
  * Open an export and check that it can be served; a device of the small interface is completed. Errors: those of the
@@ -20,7 +21,7 @@ export async function openChecked(
   const opening = host.export.open(name, host.peer);
   try {
     const { device: opened, info } = await host.clock.during(`opened the export ${JSON.stringify(name)}`, opening);
-    const device = wholeDevice(opened);
+    const device = wholeDevice(name, opened);
     const geometry = checkedGeometry(name, device.geometry, device);
     return { device: device as ServedDevice, geometry, info };
   } catch (error) {
@@ -30,7 +31,11 @@ export async function openChecked(
   }
 }
 
-function wholeDevice(device: AnyDevice): BlockDevice {
+/** Errors: Error if it cannot be completed. */
+function wholeDevice(name: string, device: AnyDevice): BlockDevice {
+  if (typeof device.read !== 'function') {
+    throw new Error(`export ${JSON.stringify(name)} cannot be served: the device has no method read`);
+  }
   return isBlockDevice(device) ? device : completeDevice(device);
 }
 
@@ -52,7 +57,7 @@ function checkedGeometry(name: string, given: unknown, device?: BlockDevice): Ge
   const problemOf = (): Geometry | string => {
     if (typeof given !== 'object' || given === null) return 'it has no geometry';
     // A small device has its geometry on it, and was given as its own.
-    const geometry = 'read' in given ? wholeDevice(given as AnyDevice).geometry : given;
+    const geometry = 'read' in given ? wholeDevice(name, given as AnyDevice).geometry : given;
     const whole = completeGeometry(geometry as Geometry);
     return geometryProblem(whole) ?? (device && missingMethod(device, whole)) ?? whole;
   };

@@ -19,7 +19,7 @@ import type { GuardedObserver } from './guarded-observer.js';
 import type { Leftovers } from './leftovers.js';
 import { MAX_TIMER_MS, orNever, type Limits } from './limits.js';
 import type { ErrorContext } from './observer.js';
-import { promiseOf } from './promised.js';
+import { awaited, promiseOf } from './promised.js';
 
 export interface OpenExport {
   readonly device: AnyDevice;
@@ -44,7 +44,7 @@ interface ProviderCall {
 }
 
 /** Which of the program's methods failed. */
-type FailedMethod = Required<Pick<ErrorContext, 'source' | 'method'>> & { readonly exportName?: string | undefined };
+type FailedMethod = Pick<ErrorContext, 'source' | 'method' | 'peer' | 'exportName'>;
 
 export class ClientExport {
   /** The opened export's own name; undefined while none is open. */
@@ -137,10 +137,10 @@ export class ClientExport {
    * Report an error of the provider or the device, unless it is work given up for a client that is gone. `isExpected`: the
    * client was told what has happened.
    */
-  failed(error: unknown, { source, method, exportName }: FailedMethod, isExpected = false): void {
+  failed(error: unknown, { source, method, peer, exportName }: FailedMethod, isExpected = false): void {
     if (this.#clientSignal.isCauseOf(error)) return;
     this.#resources.observer.onError(error, {
-      ...{ id: this.#connectionId, peer: this.#peer, exportName: exportName ?? this.name, source, method },
+      ...{ id: this.#connectionId, peer: peer ?? this.#peer, exportName: exportName ?? this.name, source, method },
       expected: isExpected,
     });
   }
@@ -189,7 +189,7 @@ export class ClientExport {
       Math.min(orNever(openTimeoutMs), MAX_TIMER_MS),
     ).unref();
     try {
-      await device.close?.(ending);
+      await awaited(device.close?.(ending));
     } catch (error) {
       this.failed(error, method);
     }
@@ -198,7 +198,7 @@ export class ClientExport {
   }
 
   #tellLeft(peer: Peer): void {
-    const failed = (error: unknown): void => this.failed(error, { source: 'provider', method: 'left' });
+    const failed = (error: unknown): void => this.failed(error, { source: 'provider', method: 'left', peer });
     try {
       promiseOf(this.#resources.provider.left?.(peer))?.then(undefined, failed);
     } catch (error) {

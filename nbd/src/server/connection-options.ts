@@ -2,7 +2,7 @@
 
 import type { Duplex } from 'node:stream';
 import type { Peer } from '../block-device.js';
-import type { ServerTls } from '../protocol/tls.js';
+import type { ServerTls } from '../protocol/tls-material.js';
 import type { BufferPool } from './buffer-pool.js';
 import type { ExportResources } from './client-export.js';
 import type { HeldSockets } from './held-sockets.js';

@@ -27,6 +27,7 @@ import { refusal } from './export-refusal.js';
 import { HandshakeError, type CheckedExport, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
 import { LoopSlice } from './loop-slices.js';
 import { answerMetaContextOption } from './meta-context.js';
+import { awaited } from './promised.js';
 import { encodeAnswer, negotiatedFor, reply, type Negotiation } from './negotiation.js';
 
 /** Bytes of a list sent at once: few system calls, and little memory for a client that does not read. */
@@ -100,7 +101,7 @@ export async function answerList(host: HandshakeHost, data: Buffer): Promise<voi
   let isSending = false;
   let isBegun = false;
   try {
-    const exports = await host.clock.during('listed its exports', host.provider.list(host.peer));
+    const exports = await host.clock.during('listed its exports', awaited(host.provider.list(host.peer)));
     slice.restart();
     for (const each of exports) {
       const info = listable(host, each, unfit);
@@ -141,7 +142,7 @@ function listable(host: HandshakeHost, entry: unknown, unfitSoFar: number): Expo
   try {
     return checkedInfo(entry);
   } catch (error) {
-    if (unfitSoFar === 0) host.export.failed(error, { source: 'provider', method: 'list' });
+    if (unfitSoFar === 0) host.export.failed(error, { source: 'provider', method: 'list', peer: host.peer });
     return undefined;
   }
 }

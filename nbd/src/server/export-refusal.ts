@@ -20,14 +20,15 @@ const REFUSALS: ReadonlyMap<unknown, number> = new Map<ExportErrorCode, number>(
  * bug: its text is not sent. Both are reported, unless the code says that the error is an answer. Never throws.
  */
 export function refusal(
-  host: Pick<HandshakeHost, 'export'>,
+  host: Pick<HandshakeHost, 'export' | 'peer'>,
   error: unknown,
   method: 'list' | 'describe' | 'open',
   exportName?: string,
 ): { readonly type: number; readonly message: string } {
   if (exportName !== undefined) host.export.refused = exportName;
   const { type, message, isExpected } = refusalOf(error);
-  if (type === undefined) host.export.failed(error, { source: 'provider', method, exportName }, isExpected);
+  if (type === undefined)
+    host.export.failed(error, { source: 'provider', method, peer: host.peer, exportName }, isExpected);
   return { type: type ?? REP.ERR_UNKNOWN, message };
 }
 

@@ -22,9 +22,8 @@ export function fillsBuffer(device: BlockDevice): boolean {
   }
 }
 
-/** The method that `device` lacks, of those that each has and those that `geometry` announces, as a message; undefined if none. */
+/** The method that `geometry` announces and `device` lacks, as a message; undefined if none. */
 export function missingMethod(device: BlockDevice, geometry: Geometry): string | undefined {
-  if (typeof device.read !== 'function') return 'the device has no method read';
   if (!geometry.readOnly && typeof device.write !== 'function') return 'not readOnly without a method write';
   if (geometry.canFlush && typeof device.flush !== 'function') return 'canFlush without a method flush';
   if (geometry.canTrim && typeof device.trim !== 'function') return 'canTrim without a method trim';

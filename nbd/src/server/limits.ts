@@ -36,7 +36,7 @@ export interface Limits {
   readonly handshakeTimeoutMs: number;
   /** Added for each export listed to the client, milliseconds: it may query each of them on this connection. */
   readonly handshakeMsPerListedExport: number;
-  /** For the server to open or describe one export, or to list all, milliseconds; 0: no limit. */
+  /** For the server to open or describe one export, to list all, or to get its TLS keys, milliseconds; 0: no limit. */
   readonly openTimeoutMs: number;
   /**
    * For a device to answer a request that it answers later, milliseconds; 0: for ever. Then the client gets EIO, a sixteenth of
@@ -59,7 +59,7 @@ export interface Limits {
   readonly maxUnsentBytes: number;
   /**
    * Memory for the requests and replies of all connections, bytes: a read until the client has taken its reply, a write until
-   * it is done. Requests beyond it wait. In addition every connection has 128 KiB, so that small requests always make progress.
+   * it is done. Requests beyond it wait. In addition every connection may use 128 KiB, so that small requests always make progress.
    * At least MIN_MEMORY_BYTES.
    */
   readonly maxMemoryBytes: number;

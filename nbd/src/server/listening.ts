@@ -7,7 +7,7 @@ import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
 import { isMainThread } from 'node:worker_threads';
 import type { Peer, PeerCredentials } from '../block-device.js';
-import { isInstance } from '../brand.js';
+import { brand } from '../brand.js';
 import { socketPathProblem } from '../protocol/socket-path.js';
 
 /**
@@ -31,10 +31,12 @@ export type BoundAddress =
 /** Why a server could not listen. INVALID: the options make no sense. */
 export type ListenErrorCode = 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'INVALID' | 'FAILED';
 
-const LISTEN_ERROR = Symbol.for('nbd-server-ts.ListenError');
-
 /** A server could not listen. */
 export class ListenError extends Error {
+  static {
+    brand(this, 'ListenError');
+  }
+
   constructor(
     readonly code: ListenErrorCode,
     message: string,
@@ -42,15 +44,6 @@ export class ListenError extends Error {
   ) {
     super(message, options);
     this.name = 'ListenError';
-  }
-
-  /** Also errors of another copy of this package. */
-  static override [Symbol.hasInstance](value: unknown): boolean {
-    return isInstance(this, ListenError, LISTEN_ERROR, value);
-  }
-
-  get [LISTEN_ERROR](): true {
-    return true;
   }
 }
 

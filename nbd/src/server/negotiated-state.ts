@@ -5,7 +5,7 @@
  */
 
 import type { Geometry, Peer, PeerCredentials } from '../block-device.js';
-import { isInstance } from '../brand.js';
+import { brand } from '../brand.js';
 import { completeGeometry } from '../device.js';
 import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
 import { describeExport, openChecked } from './checked-export.js';
@@ -31,10 +31,12 @@ export interface NegotiatedState {
   readonly unsent: Uint8Array;
 }
 
-const HAND_OVER_ERROR = Symbol.for('nbd-server-ts.HandOverError');
-
 /** Why a connection was not handed over. It continues where it is, unless it is over. */
 export class HandOverError extends Error {
+  static {
+    brand(this, 'HandOverError');
+  }
+
   constructor(
     readonly code: 'NOT_READY' | 'TLS' | 'NOT_A_SOCKET' | 'ENDING' | 'ABORTED',
     message: string,
@@ -42,15 +44,6 @@ export class HandOverError extends Error {
   ) {
     super(message, options);
     this.name = 'HandOverError';
-  }
-
-  /** Also errors of another copy of this package. */
-  static override [Symbol.hasInstance](value: unknown): boolean {
-    return isInstance(this, HandOverError, HAND_OVER_ERROR, value);
-  }
-
-  get [HAND_OVER_ERROR](): true {
-    return true;
   }
 }
 
@@ -86,7 +79,8 @@ export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<
     };
   } catch (error) {
     const { type, message, isExpected } = refusalOf(error);
-    if (type === undefined) host.export.failed(error, { source: 'provider', method: 'open', exportName }, isExpected);
+    if (type === undefined)
+      host.export.failed(error, { source: 'provider', method: 'open', peer: host.peer, exportName }, isExpected);
     return close(message);
   }
 }

@@ -21,3 +21,10 @@ export function promiseOf(answer: unknown): Promise<unknown> | undefined {
     then.call(answer, resolve, reject);
   });
 }
+
+/**
+ * `answer`, to be awaited: `await` itself ignores the `then` of a promise that has one of its own. Errors: see promiseOf.
+ */
+export function awaited<T>(answer: T | Promise<T>): T | Promise<T> {
+  return (promiseOf(answer) as Promise<T> | undefined) ?? answer;
+}

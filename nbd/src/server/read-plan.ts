@@ -12,6 +12,8 @@ import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder
 export const SPARSE_READ_BYTES = 128 * 1024;
 /** A shorter hole is sent as data, bytes: a chunk for it costs both sides more. */
 const LEAST_HOLE_BYTES = 4096;
+/** `base:allocation` has flags of 32 bits. */
+const MAX_FLAGS = 0xffff_ffff;
 /** "the server SHOULD use chunks with lengths and offsets as an integer multiple of 512 bytes, where possible" */
 const CHUNK_ALIGNMENT = 512;
 /** Most chunks of one read; the remainder is sent as data. Limits the headers, and the device's reads for one request. */
@@ -49,7 +51,7 @@ export class ReadPlan {
   /** For BlockDevice.extents. Ranges not reported, or reported out of order, count as data. */
   readonly sink: ExtentSink = (offset, length, flags) => {
     if (this.#isFinished || offset !== this.#covered || !isExtentLength(length)) return false;
-    if (!Number.isSafeInteger(flags)) return false;
+    if (!Number.isInteger(flags) || flags < 0 || flags > MAX_FLAGS) return false;
     const isZero = (flags & STATE_ZERO) !== 0;
     if (isZero) this.#zerosFrom ??= offset;
     else this.#endZeros();
