@@ -6,6 +6,7 @@
  * method for each.
  */
 
+import { brand } from './brand.js';
 import type { TlsIdentity } from './protocol/tls-identity.js';
 
 /** An answer at once, or a promise of one. */
@@ -136,20 +137,40 @@ export type Ending = 'disconnect' | 'lost';
 /** The causes of a failed request; the server maps them to NBD error values in one table. */
 export type DeviceErrorCode = 'EPERM' | 'EIO' | 'ENOMEM' | 'EINVAL' | 'ENOSPC' | 'EOVERFLOW' | 'ENOTSUP' | 'ESHUTDOWN';
 
+const DEVICE_ERROR_CODES: ReadonlySet<unknown> = new Set<DeviceErrorCode>([
+  ...(['EPERM', 'EIO', 'ENOMEM', 'EINVAL', 'ENOSPC', 'EOVERFLOW', 'ENOTSUP', 'ESHUTDOWN'] as const),
+]);
+
+/** Whether `code` is one of DeviceErrorCode. An error may come from another copy of the package, or be changed once made. */
+export function isDeviceErrorCode(code: unknown): code is DeviceErrorCode {
+  return DEVICE_ERROR_CODES.has(code);
+}
+
 /** A failed request. `message` is sent to clients with chunked replies: it should be meaningful to the user of the export. */
 export class DeviceError extends Error {
+  static {
+    brand(this, 'DeviceError');
+  }
+
   /** The offset in the export at which it failed, if known: the part of the request's range before it has succeeded. */
   readonly offset: number | undefined;
 
+  /** Errors: TypeError (there is no such code). */
   constructor(
     readonly code: DeviceErrorCode,
     message: string,
     options?: ErrorOptions & { readonly offset?: number },
   ) {
     super(message, options);
+    if (!isDeviceErrorCode(code)) throw unknownCode('DeviceError', code, DEVICE_ERROR_CODES);
     this.name = 'DeviceError';
     this.offset = options?.offset;
   }
+}
+
+function unknownCode(name: string, code: unknown, known: ReadonlySet<unknown>): TypeError {
+  const given = typeof code === 'string' ? JSON.stringify(code) : `a value of type ${typeof code}`;
+  return new TypeError(`${name}: ${given} is not a code; there are ${[...known].join(', ')}`);
 }
 
 /** The process at the other end of a unix socket, as the kernel knows it (SO_PEERCRED). */
@@ -194,40 +215,63 @@ export interface ExportInfo {
  * Why an export was not opened; `UNKNOWN` and `POLICY` become NBD_REP_ERR_UNKNOWN and _POLICY. `TLS_REQUIRED`: it can be opened
  * over TLS only; for a server that offers TLS and a peer that has not begun it.
  */
+export type ExportErrorCode = 'UNKNOWN' | 'POLICY' | 'TLS_REQUIRED' | 'SHUTDOWN' | 'FAILED';
+
+const EXPORT_ERROR_CODES: ReadonlySet<unknown> = new Set<ExportErrorCode>([
+  ...(['UNKNOWN', 'POLICY', 'TLS_REQUIRED', 'SHUTDOWN', 'FAILED'] as const),
+]);
+
+/** An export was not opened. `message` is sent to the client. `FAILED` is an error, and reported; the others are answers. */
 export class ExportError extends Error {
+  static {
+    brand(this, 'ExportError');
+  }
+
+  /** Errors: TypeError (there is no such code). */
   constructor(
-    readonly code: 'UNKNOWN' | 'POLICY' | 'TLS_REQUIRED' | 'SHUTDOWN' | 'FAILED',
+    readonly code: ExportErrorCode,
     message: string,
     options?: ErrorOptions,
   ) {
     super(message, options);
+    if (!EXPORT_ERROR_CODES.has(code)) throw unknownCode('ExportError', code, EXPORT_ERROR_CODES);
     this.name = 'ExportError';
   }
 }
 
-/** The connection that an export is opened for. */
+/** The connection that an export is opened, or described, for. */
 export interface OpenContext {
   /** The id of the connection, as in ConnectionInfo. */
   readonly id: number;
-  /** Aborted when the client is gone, or the connection is closed; the same that the device's methods get. */
+  /**
+   * Aborted when the client is gone, or the connection is closed; the same that the device's methods get. A listener that
+   * throws ends the process, unless that handles uncaught exceptions: Node reports it so, and the server cannot catch it.
+   */
   readonly signal: AbortSignal;
 }
 
-/** The exports of a server. `Device`: their type when opened, for programs that use more of a device than the server does. */
-export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
+/**
+ * The exports of a server. `Device`: their type when opened, for programs that use more of a device than the server does, or
+ * the small interface (see `Device` of device.ts), which the server completes.
+ */
+export interface ExportProvider<Device extends object = BlockDevice> {
   /** Any iterable: it is iterated as the client reads, with other connections served in between. */
   list(peer: Peer): Awaitable<Iterable<ExportInfo>>;
   /**
    * For NBD_OPT_INFO, and for meta contexts: what `open` would return, without opening. `contexts`: the client's queries
    * when it lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none
-   * that is queried by its name.
+   * that is queried by its name. A server always gives `context`.
    * Errors: ExportError.
    */
   describe(
     name: string,
     peer: Peer,
     contexts?: readonly string[],
-  ): Awaitable<{ readonly geometry: Device['geometry']; readonly info: ExportInfo }>;
+    context?: OpenContext,
+  ): Awaitable<{
+    readonly geometry: Device extends { readonly geometry: infer Whole } ? Whole : DeviceGeometry;
+    readonly info: ExportInfo;
+  }>;
   /**
    * For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. A server always gives `context`.
    * Errors: ExportError.

@@ -7,6 +7,7 @@ export type {
   DeviceGeometry,
   DeviceErrorCode,
   Ending,
+  ExportErrorCode,
   ExportInfo,
   ExportProvider,
   ExtentSink,
@@ -34,7 +35,7 @@ export type {
 } from './server/serving-loop.js';
 export { HandOverError, STATE_VERSION } from './server/negotiated-state.js';
 export type { NegotiatedState } from './server/negotiated-state.js';
-export type { ServerOptions } from './server/server.js';
+export type { ServerOptions, Unfinished } from './server/server.js';
 export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './server/limits.js';
 export type { Limits } from './server/limits.js';
 export type { Occupant } from './server/admission.js';
@@ -45,6 +46,8 @@ export type {
   ConnectionInfo,
   ConnectionOpenEvent,
   ConnectionRefusedEvent,
+  ErrorContext,
+  RequestDoneEvent,
   RequestEvent,
   ServerObserver,
 } from './server/observer.js';
@@ -55,5 +58,5 @@ export type { ClientTls } from './protocol/tls.js';
 export type { TlsIdentity } from './protocol/tls-identity.js';
 export type { ServerTls, TlsMaterial, TlsMode } from './protocol/tls-material.js';
 export type { ClientCertificate, NameAttribute, SubjectAltName } from './protocol/x509.js';
-export type { Negotiated, SelectedContext } from './protocol/wire.js';
-export { MAX_PAYLOAD } from './protocol/wire.js';
+export type { CommandName, Negotiated, SelectedContext } from './protocol/wire.js';
+export { COMMAND_NAMES, commandName, MAX_PAYLOAD } from './protocol/wire.js';

@@ -69,7 +69,7 @@ export async function startTlsServer(options: TlsServerOptions): Promise<TlsServ
     observer: {
       onConnectionClose: (event) => closes.push(event),
       onConnectionOpen: (event) => opens.push(event),
-      onDeviceError: (error) => errors.push(error),
+      onError: (error) => errors.push(error),
     },
   });
   onTestFinished(() => nbd.destroy());

@@ -1,6 +1,7 @@
 /** The one error class of the client, and its codes. */
 
 import type { DeviceErrorCode } from '../block-device.js';
+import { brand } from '../brand.js';
 
 /**
  * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed
@@ -21,6 +22,10 @@ export type NbdClientErrorCode =
 
 /** A failure of the client, with the server's message if there is one. */
 export class NbdClientError extends Error {
+  static {
+    brand(this, 'NbdClientError');
+  }
+
   /** The offset in the export at which a request failed, if the server sent it. */
   readonly offset: number | undefined;
 

@@ -52,10 +52,12 @@ export class BackPressure {
     const { limits } = this.#host;
     // Refusals need no room at the device. They may go beyond the limit of unread replies, up to twice as much.
     if (isRefusing) return this.#replies.unsentBytes >= 2 * limits.maxUnsentBytes;
+    const inFlight = this.#inFlight;
     return (
       this.#replies.unsentBytes >= limits.maxUnsentBytes ||
-      this.#inFlight.count >= limits.maxInFlightRequests ||
-      this.#inFlight.bytes >= limits.maxInFlightBytes
+      // Requests that can only be refused do not wait for a device that may never settle.
+      ((inFlight.count >= limits.maxInFlightRequests || inFlight.bytes >= limits.maxInFlightBytes) &&
+        !inFlight.areStuck)
     );
   }
 

@@ -7,23 +7,28 @@
 import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
+import type { AnyDevice } from '../device.js';
 import type { ServerTls } from '../protocol/tls-material.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
 import { Connection } from './connection.js';
+import { GuardedObserver } from './guarded-observer.js';
 import { HeldSockets } from './held-sockets.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
+import { Leftovers } from './leftovers.js';
 import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
 import { LoopShare } from './loop-share.js';
 import { LoopTime } from './loop-time.js';
 import type { ServerObserver } from './observer.js';
+import { OverdueRequests } from './overdue-requests.js';
 import { Offenders, type OffenderCounts } from './offenders.js';
+import { poisoned } from './poisoned-device.js';
 import type { AcceptedConnection, Progress, ServedConnection, ServingLoop } from './serving-loop.js';
 import { StallWatch } from './stall-watch.js';
 
 /** What a loop serves its connections with. */
 export interface ConnectionLoopOptions {
-  readonly provider: ExportProvider;
+  readonly provider: ExportProvider<AnyDevice>;
   /** Receives the events of this loop's connections; see ServerObserver. */
   readonly observer?: ServerObserver;
   /** Limits other than DEFAULT_LIMITS. The server enforces those of all connections together. */
@@ -32,6 +37,8 @@ export interface ConnectionLoopOptions {
   readonly tls?: ServerTls;
   /** Counts of violations that several loops share; by default the loop has its own. */
   readonly offenders?: OffenderCounts;
+  /** See ServerOptions.poisonBuffers. */
+  readonly poisonBuffers?: boolean | undefined;
 }
 
 /** A stream that the program accepted, and the bytes read from it. */
@@ -61,13 +68,16 @@ export class ConnectionLoop implements ServingLoop {
   constructor(options: ConnectionLoopOptions) {
     const limits = limitsFrom(options.limits);
     this.#tls = options.tls;
+    const provider = options.poisonBuffers === true ? poisoned(options.provider) : options.provider;
     this.#resources = {
-      ...{ provider: options.provider, observer: options.observer ?? {}, limits },
+      ...{ provider, observer: GuardedObserver.of(options.observer), limits },
       pool: new BufferPool(checkedMemory(limits.maxMemoryBytes)),
       loop: new LoopShare(),
       time: new LoopTime(),
       offenders: options.offenders ?? new Offenders(limits.maxViolationDelayMs),
       heldSockets: new HeldSockets(),
+      leftovers: new Leftovers(),
+      overdue: new OverdueRequests(limits.requestTimeoutMs),
     };
     const { pool, time } = this.#resources;
     this.#stallWatch = new StallWatch(() => this.#connections, pool, limits, time);

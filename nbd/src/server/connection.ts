@@ -5,13 +5,15 @@
  */
 
 import type { Duplex } from 'node:stream';
-import type { Ending, ExportProvider, Peer } from '../block-device.js';
+import type { Ending, Peer } from '../block-device.js';
 import { ByteReader } from '../protocol/byte-reader.js';
 import { acceptTls, type AcceptedTls } from '../protocol/tls.js';
 import { TlsMaterialError, type ServerTls, type TlsMode } from '../protocol/tls-material.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ClientExport } from './client-export.js';
+import { ClientSignal } from './client-signal.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
+import type { GuardedObserver } from './guarded-observer.js';
 import { HandOver, type HandOverHost } from './hand-over.js';
 import { HandshakeClock } from './handshake-clock.js';
 import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
@@ -19,17 +21,21 @@ import { negotiate } from './handshake.js';
 import type { HeldSockets } from './held-sockets.js';
 import { IdleClock } from './idle-clock.js';
 import type { InPlaceSocket } from './in-place-socket.js';
+import type { Leftovers } from './leftovers.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
 import { reopen, type NegotiatedState } from './negotiated-state.js';
-import type { ConnectionInfo, ServerObserver } from './observer.js';
+import type { ConnectionInfo } from './observer.js';
+import type { OverdueRequests } from './overdue-requests.js';
 import type { Progress, ServedConnection, TakeConnection } from './serving-loop.js';
 import { bytesTakenBySystem, closeAfterOutput, watchOutput } from './socket-end.js';
 import type { Watched } from './stall-watch.js';
 import type { TransmissionHost } from './transmission-host.js';
 import { Transmission } from './transmission.js';
 import { Violations } from './violations.js';
+
+const VANISHED = 'the client vanished';
 
 export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, HandOverHost, Watched {
   readonly id: number;
@@ -40,11 +46,12 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   /** The socket that is read and written; under TLS not the accepted one. */
   socket: Duplex;
   readonly tlsMode: TlsMode | undefined;
-  readonly provider: ExportProvider;
+  readonly provider: HandshakeHost['provider'];
   readonly limits: Limits;
-  readonly observer: ServerObserver;
+  readonly observer: GuardedObserver;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
+  readonly overdue: OverdueRequests;
   readonly reader: ByteReader;
   /** Runs from the greeting on. */
   readonly clock: HandshakeClock;
@@ -76,6 +83,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly #state: NegotiatedState | undefined;
   #isCrowdedOut = false;
   readonly #violations: Violations;
+  readonly #clientSignal = new ClientSignal();
+  readonly #leftovers: Leftovers;
 
   constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
@@ -83,11 +92,14 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket = options.socket;
     this.transport = options.socket;
     this.provider = shared.provider;
-    this.export = new ClientExport(options.id, shared.provider, shared.observer);
+    this.export = new ClientExport(options.id, this.#clientSignal, shared);
+    this.export.onStuckClose = () => this.#progress?.left?.();
     this.limits = shared.limits;
     this.observer = shared.observer;
     this.pool = shared.pool;
     this.loop = shared.loop;
+    this.overdue = shared.overdue;
+    this.#leftovers = shared.leftovers;
     this.#time = shared.time;
     this.#tls = options.tls;
     this.#inPlace = options.inPlace;
@@ -99,7 +111,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     // connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
-    this.clock = new HandshakeClock(this.limits, this.#time, (reason) => this.abort(reason));
+    this.clock = new HandshakeClock(this.limits, this.#time, (reason) => {
+      this.export.giveUp();
+      this.abort(reason);
+    });
     this.#socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
@@ -116,6 +131,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
 
   get exportName(): string | undefined {
     return this.export.name;
+  }
+
+  get exportKey(): string {
+    return this.export.countedAs ?? '';
   }
 
   get phase(): ConnectionInfo['phase'] {
@@ -158,6 +177,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return transmission.payloadBytes + (bytesTakenBySystem(this.transport) ?? transmission.takenBytes);
   }
 
+  get clientSignal(): ClientSignal {
+    return this.#clientSignal;
+  }
+
   get waitsForClient(): boolean {
     return this.transmission?.waitsForClient ?? false;
   }
@@ -189,13 +212,12 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   abort(reason: string): void {
     this.#reason ??= reason;
     this.#isClosing = true;
+    this.#clientSignal.abort(reason);
     this.reader.fail(new Error(reason));
     this.socket.destroy();
   }
 
-  /**
-   * Close the socket now, and execute nothing more of what was received; see `over`. Must not be called from inside a request.
-   */
+  /** Close the socket now, and execute nothing more of what was received; see `over`. */
   disconnect(reason: string): void {
     this.transmission?.stopListening();
     this.abort(reason);
@@ -261,7 +283,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
       this.#isInTlsHandshake = true;
       accepted = await acceptTls(plain, tls, this.clock);
     } catch (error) {
-      if (error instanceof TlsMaterialError) this.export.unexpected(error);
+      if (error instanceof TlsMaterialError)
+        this.export.failed(error, { source: 'callback', method: 'tls', peer: this.peer });
       throw new Error(`the TLS handshake failed: ${(error as Error).message}`, { cause: error });
     } finally {
       this.#isInTlsHandshake = false;
@@ -303,6 +326,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     if (!this.#heldSockets.hold(this.socket, delayMs)) return false;
     this.#isClosing = true;
     this.stopReading();
+    this.#clientSignal.abort(this.#reason);
     this.#violations.condemn();
     return true;
   }
@@ -326,16 +350,19 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     }
     await Promise.race([this.#socketGone, this.#violations.condemned]);
     await this.#requestsFinished();
+    // At the latest: what the device does beside its requests ends before it is closed.
+    this.#clientSignal.abortNow(this.#reason ?? VANISHED);
+    await this.#requestsSettled();
     const { exportName } = this;
     const { refused } = this.export;
     await this.export.close(this.#ending);
     this.export.left(this.peer);
-    this.observer.onConnectionClose?.({
+    this.observer.onConnectionClose({
       id: this.id,
       peer: this.peer,
       exportName,
       refused: exportName === undefined ? refused : undefined,
-      reason: this.#reason ?? 'the client vanished',
+      reason: this.#reason ?? VANISHED,
       violations: this.#violations.count,
       isCrowdedOut: this.#isCrowdedOut,
       bytesRead: this.bytesRead,
@@ -356,7 +383,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket.off('data', this.#onHandshakeData);
     this.socket.on('data', this.#onRequestData);
     const violations = this.#violations.countOf(this.export.countedAs);
-    this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
+    this.observer.onConnectionOpen({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
     const unsent = this.#state?.unsent;
     if (unsent !== undefined && unsent.length > 0) transmission.sendFirst(unsent);
     const rest = this.reader.takeRest();
@@ -394,6 +421,18 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     });
   }
 
+  /** The client is gone, and all that may be left are requests whose time was up: this connection does not count any more. */
+  async #requestsSettled(): Promise<void> {
+    const { transmission } = this;
+    if (transmission === undefined || transmission.inFlight === 0) return;
+    this.#progress?.left?.();
+    const release = this.#leftovers.add(this.exportKey);
+    await new Promise<void>((resolve) => {
+      transmission.onSettled(resolve);
+    });
+    release();
+  }
+
   #endWhenIdle(reason: string): void {
     this.#reason ??= reason;
     this.#isEnding = true;
@@ -427,14 +466,20 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
 
   readonly #onEnd = (): void => {
     this.#progress?.leaving();
+    const { lingerMs } = this.limits;
     if (this.transmission === undefined) {
-      this.reader.fail(new Error(this.export.whyLeft ?? 'the client left during the handshake'));
+      const reason = this.export.whyLeft ?? 'the client left during the handshake';
+      this.reader.fail(new Error(reason));
       this.#endIfNothingIsTaken();
+      this.#clientSignal.abortAfter(lingerMs, reason);
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
-    // The client may still read: the requests received so far are finished and answered.
-    this.#endWhenIdle(`the client left ${where}`);
+    const reason = `the client left ${where}`;
+    // The client may still read: the requests received so far are finished and answered. But usually it was killed, which looks
+    // the same, and work that takes long is done for nobody.
+    if (this.#ending !== 'disconnect') this.#clientSignal.abortAfter(lingerMs, reason);
+    this.#endWhenIdle(reason);
   };
 
   /**
@@ -460,7 +505,9 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly #onClose = (): void => {
     this.#isClosing = true;
     this.#idleClock?.stop();
-    this.reader.fail(new Error('the client vanished'));
+    this.reader.fail(new Error(VANISHED));
+    // "The server MUST handle all outstanding requests" of a client that has disconnected: their work is not given up.
+    if (this.#ending !== 'disconnect') this.#clientSignal.abort(this.#reason ?? VANISHED);
     this.transmission?.socketClosed();
   };
 }

@@ -6,24 +6,34 @@
  * concurrently and are answered as they finish.
  */
 
-import type { Awaitable, Transferred, ZeroMode } from '../block-device.js';
-import { CMD, CMD_FLAG } from '../protocol/wire.js';
+import type { DeviceError, ZeroMode } from '../block-device.js';
+import { CMD, CMD_FLAG, NBD_ERRNO } from '../protocol/wire.js';
+import { readShortfall, writeShortfall } from '../transferred.js';
 import type { Block } from './buffer-pool.js';
-import type { ServedDevice } from './geometry.js';
+import type { Failure } from './failure.js';
+import { fillsBuffer, type ServedDevice } from './geometry.js';
+import { isChange, TimedRequest, type OverdueRequests } from './overdue-requests.js';
+import { promiseOf } from './promised.js';
 import type { ReceiveMemory } from './receive-memory.js';
 import type { Addressee } from './reply-encoder.js';
-import type { Failure, ReplyQueue } from './reply-queue.js';
+import type { ReplyQueue } from './reply-queue.js';
 import type { Request } from './request.js';
-import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
+import type { RequestsInFlight } from './requests-in-flight.js';
 import type { SparseReads } from './sparse-reads.js';
 import type { StatusRequests } from './status-requests.js';
+import type { TransmissionHost } from './transmission-host.js';
+
+const RANGE_TAKEN: Failure = Object.freeze({
+  errno: NBD_ERRNO.EIO,
+  message: 'an earlier change of this range was not answered by the export, and may still happen',
+});
 
 const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
 
 /** A request whose device call returned a promise. Objects are reused, and their two handlers with them. */
-class PendingRequest {
+class PendingRequest extends TimedRequest {
   type = 0;
   flags = 0;
   cookieHigh = 0;
@@ -32,15 +42,27 @@ class PendingRequest {
   offsetLow = 0;
   offset = 0;
   length = 0;
+  /** When the device was called, if somebody wants to know. */
+  startedAt = 0;
   /** The block of a read's reply, or the pooled memory of a write's payload. */
   block: Block | undefined;
   at = 0;
-  readonly succeed: () => void;
+  /** What a read is to fill. */
+  into: Buffer | undefined;
+  readonly succeed: (result: unknown) => void;
   readonly fail: (error: unknown) => void;
 
+  readonly #owner: Dispatch;
+
   constructor(owner: Dispatch) {
-    this.succeed = () => owner.finished(this, undefined);
+    super();
+    this.#owner = owner;
+    this.succeed = (result) => owner.succeeded(this, result);
     this.fail = (error) => owner.failed(this, error);
+  }
+
+  overdue(error: DeviceError): void {
+    this.#owner.timeUp(this, error);
   }
 }
 
@@ -48,6 +70,11 @@ export class Dispatch {
   readonly #spare: PendingRequest[] = [];
 
   readonly #device: ServedDevice;
+  readonly #signal: AbortSignal;
+  readonly #overdue: OverdueRequests;
+  readonly #exportKey: string;
+  /** The memory of a read is cleared first: a device that fills too little of it shows what another client has read. */
+  readonly #clearsFirst: boolean;
   readonly #memory: ReceiveMemory;
   readonly #inFlight: RequestsInFlight;
   readonly #replies: ReplyQueue;
@@ -55,6 +82,7 @@ export class Dispatch {
   readonly #statuses: StatusRequests;
 
   constructor(
+    host: Pick<TransmissionHost, 'clientSignal' | 'overdue' | 'exportKey'>,
     device: ServedDevice,
     memory: ReceiveMemory,
     inFlight: RequestsInFlight,
@@ -63,6 +91,10 @@ export class Dispatch {
     statuses: StatusRequests,
   ) {
     this.#device = device;
+    this.#signal = host.clientSignal.signal;
+    this.#overdue = host.overdue;
+    this.#exportKey = host.exportKey;
+    this.#clearsFirst = !fillsBuffer(device);
     this.#memory = memory;
     this.#inFlight = inFlight;
     this.#replies = replies;
@@ -73,31 +105,43 @@ export class Dispatch {
   /** Call the device. `data` is a write's payload, `block` its pooled memory, if any. */
   execute(request: Request, data: Buffer | undefined, block: Block | undefined): void {
     const device = this.#device;
+    const signal = this.#signal;
     const inFlight = this.#inFlight;
     const { type, flags, offset, length } = request;
     const fua = (flags & CMD_FLAG.FUA) !== 0;
-    let answer: Awaitable<Transferred>;
+    if (this.#overdue.takenRanges > 0 && this.#isRangeTaken(request)) {
+      if (block !== undefined) this.#memory.unpin(block);
+      this.#replies.error(request, RANGE_TAKEN);
+      inFlight.answered(request, RANGE_TAKEN.errno);
+      return;
+    }
+    const startedAt = inFlight.now;
+    let into: Buffer | undefined;
+    let later: Promise<unknown> | undefined;
     try {
+      let answer: unknown;
       switch (type) {
         case CMD.READ:
           if (this.#sparseReads.areAllowed && this.#sparseReads.begin(request)) return;
-          answer = device.read(offset, this.#replies.beginRead(length));
+          into = this.#replies.beginRead(length);
+          if (this.#clearsFirst) into.fill(0);
+          answer = device.read(offset, into, signal);
           break;
         case CMD.WRITE:
           if (data === undefined) throw new Error('dispatch: a write without its payload');
-          answer = device.write(offset, data, fua);
+          answer = device.write(offset, data, fua, signal);
           break;
         case CMD.FLUSH:
-          answer = device.flush();
+          answer = device.flush(signal);
           break;
         case CMD.TRIM:
-          answer = device.trim(offset, length, fua);
+          answer = device.trim(offset, length, fua, signal);
           break;
         case CMD.WRITE_ZEROES:
-          answer = device.zero(offset, length, zeroMode(flags));
+          answer = device.zero(offset, length, zeroMode(flags), signal);
           break;
         case CMD.CACHE:
-          answer = device.cache(offset, length);
+          answer = device.cache(offset, length, signal);
           break;
         case CMD.BLOCK_STATUS:
           this.#statuses.begin(request);
@@ -105,26 +149,38 @@ export class Dispatch {
         default:
           throw new Error(`dispatch: command ${type} was not refused`);
       }
+      // Nothing, or the number of bytes, is what most devices return.
+      if (answer !== undefined && answer !== length) {
+        later = promiseOf(answer);
+        if (later === undefined) mustBeWhole(type, answer, into, length);
+      }
     } catch (error) {
       const failure = inFlight.failureOf(error, request);
       inFlight.errors++;
       if (block !== undefined) this.#memory.unpin(block);
-      if (type === CMD.READ) this.#replies.failRead(request, failure);
+      if (into !== undefined) this.#replies.failRead(request, failure);
       else this.#replies.error(request, failure);
+      if (inFlight.areObserved) inFlight.done(request, startedAt, failure.errno);
       return;
     }
-    if (answer !== undefined && isPromise(answer)) {
-      this.#wait(request, answer, block);
+    if (later !== undefined) {
+      this.#wait(request, later, into, block, startedAt);
       return;
     }
     if (type === CMD.READ) {
       inFlight.bytesRead += length;
       this.#replies.finishRead(request.cookieHigh, request.cookieLow, offset);
-      return;
+    } else {
+      if (type === CMD.WRITE) inFlight.bytesWritten += length;
+      if (block !== undefined) this.#memory.unpin(block);
+      this.succeed(request);
     }
-    if (type === CMD.WRITE) inFlight.bytesWritten += length;
-    if (block !== undefined) this.#memory.unpin(block);
-    this.succeed(request);
+    if (inFlight.areObserved) inFlight.done(request, startedAt, 0);
+  }
+
+  /** Whether it would change what an overdue request may still change. */
+  #isRangeTaken({ type, offset, length }: Request): boolean {
+    return isChange(type) && this.#overdue.isTaken(this.#exportKey, offset, length);
   }
 
   /** Answer a request with success and no data. */
@@ -133,7 +189,13 @@ export class Dispatch {
   }
 
   /** The device answers `request` later. */
-  #wait(request: Request, answer: Promise<unknown>, block: Block | undefined): void {
+  #wait(
+    request: Request,
+    answer: Promise<unknown>,
+    into: Buffer | undefined,
+    block: Block | undefined,
+    startedAt: number,
+  ): void {
     const inFlight = this.#inFlight;
     const pending = this.#spare.pop() ?? new PendingRequest(this);
     pending.type = request.type;
@@ -144,14 +206,36 @@ export class Dispatch {
     pending.offsetLow = request.offsetLow;
     pending.offset = request.offset;
     pending.length = request.length;
+    pending.startedAt = startedAt;
     pending.block = block;
+    pending.into = into;
     if (request.type === CMD.READ) {
       const place = this.#replies.detachRead();
       pending.block = place.block;
       pending.at = place.at;
     }
     inFlight.begin(heldBytes(request));
-    answer.then(pending.succeed, pending.fail);
+    if (this.#overdue.isOn) this.#overdue.begin(pending);
+    try {
+      answer.then(pending.succeed, pending.fail);
+    } catch (error) {
+      // Its constructor is the program's: nothing will call back.
+      this.failed(pending, error);
+    }
+  }
+
+  /** For PendingRequest only: the promise of the device is fulfilled. */
+  succeeded(pending: PendingRequest, result: unknown): void {
+    const { length } = pending;
+    if (result !== undefined && result !== length) {
+      try {
+        mustBeWhole(pending.type, result, pending.into, length);
+      } catch (error) {
+        this.failed(pending, error);
+        return;
+      }
+    }
+    this.finished(pending, undefined);
   }
 
   /** For PendingRequest only: the device has failed. */
@@ -159,11 +243,33 @@ export class Dispatch {
     this.finished(pending, this.#inFlight.failureOf(error, pending));
   }
 
+  /** For PendingRequest only: its time is up. Its memory stays as it is, since the device may still use it. */
+  timeUp(pending: PendingRequest, error: DeviceError): void {
+    const inFlight = this.#inFlight;
+    const failure = inFlight.timeUp(pending, error);
+    this.#replies.error(pending, failure);
+    if (inFlight.areObserved) inFlight.done(pending, pending.startedAt, failure.errno);
+    inFlight.settled();
+  }
+
   /** For PendingRequest only: the device has answered. */
   finished(pending: PendingRequest, failure: Failure | undefined): void {
     const inFlight = this.#inFlight;
     const { block } = pending;
     pending.block = undefined;
+    pending.into = undefined;
+    if (pending.isOverdue) {
+      // It was answered when its time was up.
+      inFlight.settledLate(pending, heldBytes(pending));
+      if (block !== undefined) {
+        if (pending.type === CMD.READ) this.#replies.dropRead(block);
+        else this.#memory.unpin(block);
+      }
+      this.#spare.push(pending);
+      inFlight.settled();
+      return;
+    }
+    if (this.#overdue.isOn) this.#overdue.end(pending);
     inFlight.end(heldBytes(pending));
     const { cookieHigh, cookieLow, offset, length } = pending;
     if (failure !== undefined) inFlight.errors++;
@@ -184,9 +290,18 @@ export class Dispatch {
         this.#replies.error(pending, failure);
       }
     }
+    if (inFlight.areObserved) inFlight.done(pending, pending.startedAt, failure?.errno ?? 0);
     this.#spare.push(pending);
     inFlight.settled();
   }
+}
+
+/** Errors: Error if the device has transferred less than it was asked to, by what it returned. */
+function mustBeWhole(type: number, result: unknown, into: Buffer | undefined, length: number): void {
+  let shortfall: string | undefined;
+  if (into !== undefined) shortfall = readShortfall(result, into);
+  else if (type === CMD.WRITE) shortfall = writeShortfall(result, length);
+  if (shortfall !== undefined) throw new Error(shortfall);
 }
 
 function zeroMode(flags: number): ZeroMode {

@@ -7,6 +7,7 @@ import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
 import { isMainThread } from 'node:worker_threads';
 import type { Peer, PeerCredentials } from '../block-device.js';
+import { brand } from '../brand.js';
 import { socketPathProblem } from '../protocol/socket-path.js';
 
 /**
@@ -27,10 +28,17 @@ export type BoundAddress =
   | { readonly transport: 'unix'; readonly path: string }
   | { readonly transport: 'tcp'; readonly host: string; readonly port: number };
 
-/** Why a server could not listen. */
+/** Why a server could not listen. INVALID: the options make no sense. */
+export type ListenErrorCode = 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'INVALID' | 'FAILED';
+
+/** A server could not listen. */
 export class ListenError extends Error {
+  static {
+    brand(this, 'ListenError');
+  }
+
   constructor(
-    readonly code: 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'FAILED',
+    readonly code: ListenErrorCode,
     message: string,
     options?: ErrorOptions,
   ) {
@@ -41,6 +49,7 @@ export class ListenError extends Error {
 
 /** Pending connections that the kernel queues: all connections of a multi-conn client may arrive at once. */
 const LISTEN_BACKLOG = 511;
+const MAX_FD = 2 ** 31 - 1;
 const IPV4_MAPPED = '::ffff:';
 
 /**
@@ -49,8 +58,32 @@ const IPV4_MAPPED = '::ffff:';
  * Errors: ListenError.
  */
 export async function bindListener(listener: net.Server, options: ListenOptions): Promise<BoundAddress> {
+  const problem = listenProblem(options);
+  if (problem !== undefined) throw new ListenError('INVALID', `cannot listen: ${problem}`);
   if ('fd' in options) return adopt(listener, options);
   return 'path' in options ? bindUnix(listener, options) : bindTcp(listener, options);
+}
+
+/** Why `options`, which may come from plain JavaScript or a configuration, name no address; undefined if they do. */
+function listenProblem(options: unknown): string | undefined {
+  if (typeof options !== 'object' || options === null) return 'there are no options';
+  const { path, mode, host, port, fd } = options as Readonly<Record<string, unknown>>;
+  if (fd !== undefined) return isWhole(fd, 0, MAX_FD) ? undefined : 'fd is not a descriptor, a whole number from 0 on';
+  if (path !== undefined) {
+    if (typeof path !== 'string' || path === '') return 'path is not the path of a socket';
+    if (mode !== undefined && !isWhole(mode, 0, 0o777)) return 'mode is not a number from 0 to 0o777';
+    return undefined;
+  }
+  if (!isWhole(port, 0, 65535)) return 'port is not a whole number from 0 to 65535 (and there is neither path nor fd)';
+  // Node listens at every address of the machine without a host.
+  if (typeof host !== 'string' || host === '') {
+    return "host is missing: 'localhost' for this machine, '::' for all addresses";
+  }
+  return undefined;
+}
+
+function isWhole(value: unknown, least: number, most: number): boolean {
+  return typeof value === 'number' && Number.isInteger(value) && value >= least && value <= most;
 }
 
 /** The peer of `socket`, which `listener` has accepted. */
@@ -62,7 +95,7 @@ export function peerOf(
 ): Peer {
   const address = listener.address();
   if (address === null || typeof address === 'string') {
-    const credentials = credentialsOf?.(socket);
+    const credentials = checkedCredentials(credentialsOf?.(socket));
     return { transport: 'unix', address: pathOf(options), ...(credentials !== undefined && { credentials }) };
   }
   const remote = socket.remoteAddress ?? 'unknown';
@@ -71,6 +104,14 @@ export function peerOf(
       ? remote.slice(IPV4_MAPPED.length)
       : remote;
   return { transport: 'tcp', address: `${remote}:${socket.remotePort ?? 0}`, host };
+}
+
+/** Errors: TypeError if they name no user: connections are counted, and rights are given, by it. */
+function checkedCredentials(given: unknown): PeerCredentials | undefined {
+  if (given === undefined || given === null) return undefined;
+  const uid: unknown = typeof given === 'object' && 'uid' in given ? given.uid : undefined;
+  if (typeof uid === 'number' && Number.isInteger(uid)) return given as PeerCredentials;
+  throw new TypeError('peerCredentials returned neither undefined nor an object with the number uid');
 }
 
 async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {

@@ -4,10 +4,12 @@
  * announced to the client.
  */
 
-import { ExportError, type ExportProvider, type Geometry, type Peer, type PeerCredentials } from '../block-device.js';
-import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
-import { openChecked } from './checked-export.js';
+import type { Geometry, Peer, PeerCredentials } from '../block-device.js';
+import { brand } from '../brand.js';
 import { completeGeometry } from '../device.js';
+import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
+import { describeExport, openChecked } from './checked-export.js';
+import { refusalOf } from './export-refusal.js';
 import type { HandshakeClock } from './handshake-clock.js';
 import type { HandshakeHost, HandshakeOutcome } from './handshake-host.js';
 
@@ -31,6 +33,10 @@ export interface NegotiatedState {
 
 /** Why a connection was not handed over. It continues where it is, unless it is over. */
 export class HandOverError extends Error {
+  static {
+    brand(this, 'HandOverError');
+  }
+
   constructor(
     readonly code: 'NOT_READY' | 'TLS' | 'NOT_A_SOCKET' | 'ENDING' | 'ABORTED',
     message: string,
@@ -44,7 +50,7 @@ export class HandOverError extends Error {
 /** What reopening needs of its connection. */
 export interface ReopenHost extends Pick<HandshakeHost, 'export' | 'isShuttingDown'> {
   readonly peer: Peer;
-  readonly provider: ExportProvider;
+  readonly provider: HandshakeHost['provider'];
   readonly clock: HandshakeClock;
 }
 
@@ -72,9 +78,10 @@ export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<
       geometry: completeGeometry(state.geometry),
     };
   } catch (error) {
-    if (error instanceof ExportError) return close(error.message);
-    host.export.unexpected(error);
-    return close('internal error');
+    const { type, message, isExpected } = refusalOf(error);
+    if (type === undefined)
+      host.export.failed(error, { source: 'provider', method: 'open', peer: host.peer, exportName }, isExpected);
+    return close(message);
   }
 }
 
@@ -84,9 +91,8 @@ async function missingContext(
 ): Promise<string | undefined> {
   const names = negotiated.metaContexts.map(({ name }) => name);
   if (names.length === 0) return undefined;
-  const described = host.provider.describe(exportName, host.peer, names);
-  const { geometry } = await host.clock.during(`described the export ${JSON.stringify(exportName)}`, described);
-  const missing = names.find((name) => geometry.contexts?.includes(name) !== true);
+  const { geometry } = await describeExport(host, exportName, names);
+  const missing = names.find((name) => !geometry.contexts.includes(name));
   return missing === undefined ? undefined : `it no longer has the meta context ${missing}`;
 }
 

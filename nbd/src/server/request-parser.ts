@@ -5,7 +5,14 @@
  * The loop runs once per request: a request that the device answers synchronously allocates nothing here.
  */
 
-import { CMD, EXTENDED_REQUEST_SIZE, MAX_PAYLOAD, NBD_ERRNO, REQUEST_HEADER_SIZE } from '../protocol/wire.js';
+import {
+  CMD,
+  commandName,
+  EXTENDED_REQUEST_SIZE,
+  MAX_PAYLOAD,
+  NBD_ERRNO,
+  REQUEST_HEADER_SIZE,
+} from '../protocol/wire.js';
 import type { BackPressure } from './back-pressure.js';
 import type { Block, MemoryAccount } from './buffer-pool.js';
 import type { Dispatch } from './dispatch.js';
@@ -28,6 +35,11 @@ import type { StatusRequests } from './status-requests.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 const SHUTTING_DOWN: Refusal = { errno: NBD_ERRNO.ESHUTDOWN, message: 'the server is shutting down' };
+
+const NOT_ANSWERING: Refusal = {
+  errno: NBD_ERRNO.EIO,
+  message: 'the export does not answer, and has as many requests as it may have',
+};
 
 /** What the parser works with: the other parts of the same transmission. */
 export interface ParserParts {
@@ -112,7 +124,8 @@ export class RequestParser {
     let at = 0;
     // Requests that the device answers at once count as well, until others have had their turn.
     let requestsLeft = this.#host.limits.maxInFlightRequests;
-    while (at < end) {
+    // A device or an observer may close the connection from inside a request.
+    while (at < end && !this.isDeaf) {
       if (payload.left > 0) {
         const taken = payload.copyFrom(chunk, at);
         at += taken;
@@ -152,7 +165,8 @@ export class RequestParser {
       }
 
       this.requests++;
-      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.#rules);
+      let refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.#rules);
+      if (this.#inFlight.overdue > 0 && this.#inFlight.areStuck) refusal ??= NOT_ANSWERING;
       if (this.#host.observer.onRequest !== undefined) this.#report(refusal);
 
       const { payloadLength } = request;
@@ -172,6 +186,7 @@ export class RequestParser {
       } else if (request.length === 0 && request.type !== CMD.FLUSH) {
         if (request.type === CMD.READ) this.#replies.doneEmptyRead(request);
         else this.#dispatch.succeed(request);
+        this.#inFlight.answered(request, 0);
       } else if (!this.#hasMemory()) {
         backPressure.waitForMemory(this.memoryNeeded(), chunk.subarray(at));
         return;
@@ -255,8 +270,8 @@ export class RequestParser {
   }
 
   #refuse(refusal: Refusal): void {
-    this.#inFlight.errors++;
     this.#replies.error(this.#request, refusal);
+    this.#inFlight.answered(this.#request, refusal.errno);
   }
 
   #violation(reason: string): void {
@@ -270,6 +285,7 @@ export class RequestParser {
     this.#host.observer.onRequest?.({
       id: this.#host.id,
       type,
+      command: commandName(type),
       flags,
       offset,
       length,

@@ -7,6 +7,7 @@
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
+import type { AnyDevice } from '../device.js';
 import type { ServerTls } from '../protocol/tls-material.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
@@ -14,13 +15,16 @@ import { ConnectionLoop } from './connection-loop.js';
 import { limitsFrom, type Limits } from './limits.js';
 import { bindListener, ListenError, peerOf, type BoundAddress, type ListenOptions } from './listening.js';
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
+import { GuardedObserver } from './guarded-observer.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import { promiseOf } from './promised.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
+import { unlessAborted, within } from './timers.js';
 
 /** What a server serves, and how. Only the provider is required. */
 export interface ServerOptions {
-  readonly provider: ExportProvider;
+  readonly provider: ExportProvider<AnyDevice>;
   /** Receives the server's events; see ServerObserver. */
   readonly observer?: ServerObserver;
   /** Limits other than DEFAULT_LIMITS. */
@@ -30,11 +34,15 @@ export interface ServerOptions {
    * it.
    */
   readonly tls?: ServerTls;
-  /** Asks the kernel for the process at the other end of a unix socket; undefined if unknown. */
+  /**
+   * Asks the kernel for the process at the other end of a unix socket; undefined if unknown. If it throws, or gives something
+   * else, the connection is refused, and the error is reported.
+   */
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
   /**
    * Called for every socket that a listener accepts, before it is served: for socket options that Node does not have. If the
-   * connection is served in this thread, this object is its socket until it is closed.
+   * connection is served in this thread, this object is its socket until it is closed. If it throws, the connection is
+   * refused, and the error is reported.
    */
   readonly prepareSocket?: (socket: net.Socket) => void;
   /**
@@ -42,6 +50,21 @@ export interface ServerOptions {
    * that of this thread. The server owns them: it stops them when it is closed.
    */
   readonly loops?: readonly ServingLoop[];
+  /**
+   * For tests of a device: it gets private copies of the data that it writes and of the memory that it reads into, which are
+   * overwritten with "POISONED" when its call has settled. A device that keeps `data`, or fills `into` too late, is found by
+   * what it then stores or sends. Every read and write costs a copy. Loops in other threads have their own option.
+   */
+  readonly poisonBuffers?: boolean;
+}
+
+/** What is left when an orderly end does not wait any longer. */
+export interface Unfinished {
+  /**
+   * Connections that are not over, as they were at this moment: of clients that are still there, or whose devices have not
+   * finished their requests (`inFlight`) or their close.
+   */
+  readonly unfinished: readonly ConnectionInfo[];
 }
 
 /** How long close() waits for requests in flight by default, milliseconds. */
@@ -49,16 +72,13 @@ export const DEFAULT_GRACE_MS = 10_000;
 /** After the grace sockets are closed; devices get this long to finish their last requests, milliseconds. */
 const FORCED_CLOSE_WAIT_MS = 1_000;
 
-/** The progress of a connection that no listener accepted: the program that hands it over counts it. */
-const NO_PLACE: Progress = { advanced: () => undefined, settled: () => undefined, leaving: () => undefined };
-
 /**
  * An NBD server: it listens, admits connections, has them served by its event loops, and closes them in order. It may listen at
  * any number of addresses, or at none and be given connections.
  */
 export class NbdServer {
   readonly #limits: Limits;
-  readonly #observer: ServerObserver;
+  readonly #observer: GuardedObserver;
   readonly #peerCredentials: ServerOptions['peerCredentials'];
   readonly #prepareSocket: ServerOptions['prepareSocket'];
   readonly #admission: Admission;
@@ -71,17 +91,21 @@ export class NbdServer {
   readonly #listeners = new Set<net.Server>();
   readonly #open = new Map<number, ServedConnection>();
   #nextId = 1;
-  #isClosed = false;
-  #closing: Promise<void> | undefined;
+  /** Why no further connection is accepted; undefined: they are. */
+  #whyClosed: 'the server is draining' | 'the server is closed' | undefined;
+  #closing: Promise<Unfinished> | undefined;
 
   /** Errors: RangeError (a limit is invalid, or too little memory for so many loops). */
   constructor(options: ServerOptions) {
-    const { provider, observer = {}, tls } = options;
+    const { provider, tls } = options;
+    const observer = GuardedObserver.of(options.observer);
     this.#observer = observer;
     this.#limits = limitsFrom(options.limits);
     this.#admission = new Admission(this.#limits);
     const offenders = new Offenders(this.#limits.maxViolationDelayMs);
-    this.#here = new ConnectionLoop({ provider, observer, limits: this.#limits, offenders, ...(tls && { tls }) });
+    const { poisonBuffers } = options;
+    const limits = this.#limits;
+    this.#here = new ConnectionLoop({ provider, observer, limits, offenders, poisonBuffers, ...(tls && { tls }) });
     this.#loops = new Map((options.loops ?? [this.#here]).map((loop) => [loop, 0]));
     const all = this.#allLoops();
     for (const loop of all) loop.shareMemory(this.#limits.maxMemoryBytes / all.length);
@@ -112,13 +136,14 @@ export class NbdServer {
    * Errors: ListenError.
    */
   async listen(options: ListenOptions): Promise<BoundAddress> {
-    this.#mustBeOpen('the server is closed');
+    this.#mustBeOpen();
     // Half-open: a client that has sent its last request and closed its side still gets its answers.
     const listener = net.createServer({
       allowHalfOpen: true,
       noDelay: true,
-      keepAlive: true,
-      keepAliveInitialDelay: this.#limits.keepAliveMs,
+      keepAlive: this.#limits.keepAliveMs > 0,
+      // Node cuts it to whole seconds, and the system accepts no 0.
+      keepAliveInitialDelay: Math.max(1000, this.#limits.keepAliveMs),
       // A connection served in another thread must be read there, from the first byte on.
       pauseOnConnect: this.#servesElsewhere(),
     });
@@ -127,26 +152,63 @@ export class NbdServer {
     listener.on('connection', (accepted) => this.#accepted(accepted, listener, options));
     const bound = await bindListener(listener, options);
     try {
-      this.#mustBeOpen('the server was closed while it began to listen');
+      this.#mustBeOpen();
     } catch (error) {
       listener.close();
       throw error;
     }
-    listener.on('error', (error) => this.#observer.onListenerError?.(error));
+    listener.on('error', (error) => this.#observer.onListenerError(error));
     this.#listeners.add(listener);
     if (bound.transport === 'unix') this.#admission.keepsRoomForUnix = true;
     return bound;
   }
 
-  #mustBeOpen(message: string): void {
-    if (this.#isClosed) throw new ListenError('CLOSED', message);
+  /** Errors: ListenError CLOSED. */
+  #mustBeOpen(): void {
+    if (this.#whyClosed !== undefined) throw new ListenError('CLOSED', this.#whyClosed);
   }
 
   #accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {
     const loop = this.#nextLoop();
     const socket = loop === this.#here ? this.#here.prepare(accepted) : accepted;
-    this.#prepareSocket?.(socket);
-    this.#serve(loop, socket, peerOf(socket, listener, options, this.#peerCredentials));
+    const peer = this.#peerOf(socket, listener, options);
+    if (peer !== undefined && this.#prepare(socket, peer)) this.#serve(loop, socket, peer);
+  }
+
+  /** The peer of an accepted socket; undefined, and the connection is refused, if `peerCredentials` fails. */
+  #peerOf(socket: net.Socket, listener: net.Server, options: ListenOptions): Peer | undefined {
+    try {
+      return peerOf(socket, listener, options, this.#peerCredentials);
+    } catch (error) {
+      this.#refuseFailed(socket, peerOf(socket, listener, options, undefined), 'peerCredentials', error);
+      return undefined;
+    }
+  }
+
+  /** Whether the program's `prepareSocket` has succeeded; otherwise the connection is refused. */
+  #prepare(socket: net.Socket, peer: Peer): boolean {
+    const report = (error: unknown): void =>
+      this.#observer.onError(error, { peer, source: 'callback', method: 'prepareSocket', expected: false });
+    try {
+      const answer: unknown = this.#prepareSocket?.(socket);
+      if (answer !== undefined) promiseOf(answer)?.then(undefined, report);
+      return true;
+    } catch (error) {
+      this.#refuseFailed(socket, peer, 'prepareSocket', error);
+      return false;
+    }
+  }
+
+  /** A callback of the program has failed: the connection is not served. */
+  #refuseFailed(socket: Duplex, peer: Peer, method: string, error: unknown): void {
+    this.#observer.onError(error, { peer, source: 'callback', method, expected: false });
+    this.#refuse(socket, peer, `${method} failed`);
+  }
+
+  #refuse(socket: Duplex, peer: Peer, reason: string): void {
+    socket.on('error', () => undefined);
+    socket.destroy();
+    this.#observer.onConnectionRefused({ peer, reason });
   }
 
   /**
@@ -173,7 +235,7 @@ export class NbdServer {
     socket.allowHalfOpen = true;
     const loop = this.#nextLoop();
     const served = loop === this.#here ? this.#here.prepare(socket) : socket;
-    this.#prepareSocket?.(served);
+    if (!this.#prepare(served, state.peer)) return undefined;
     return this.#serve(loop, served, state.peer, state);
   }
 
@@ -203,14 +265,32 @@ export class NbdServer {
   /**
    * Close a connection at once. When this resolves its device is closed: nothing that was received over it is in flight, and
    * nothing more will be executed. The client gets no reason; a client that reconnects automatically does so at once.
+   *
+   * A device that does not finish a request delays this for as long. `signal` ends the wait, for example
+   * AbortSignal.timeout(5000); the connection is closed all the same, and stays in `connections` until its device is.
    * @returns false if there is no such connection
+   * Errors: the reason of `signal`, if that is aborted before.
    */
-  async disconnect(id: number, reason: string): Promise<boolean> {
+  async disconnect(id: number, reason: string, options: { readonly signal?: AbortSignal } = {}): Promise<boolean> {
     const connection = this.#open.get(id);
     if (connection === undefined) return false;
     connection.disconnect(reason);
-    await connection.over;
+    await unlessAborted(connection.over, options.signal);
     return true;
+  }
+
+  /**
+   * Close all connections of an export, by its own name (`exportName` in `connections`), as `disconnect` closes one. When this
+   * resolves their devices are closed. The export can still be opened, also while this waits: to prevent that, the provider
+   * must refuse it first. Connections that are just opening it are not closed.
+   * @returns how many there were
+   * Errors: the reason of `signal`, if that is aborted before; the connections are closed all the same.
+   */
+  async closeExport(name: string, reason: string, options: { readonly signal?: AbortSignal } = {}): Promise<number> {
+    const connections = [...this.#open.values()].filter(({ exportName }) => exportName === name);
+    for (const connection of connections) connection.disconnect(reason);
+    await unlessAborted(Promise.all(connections.map(({ over }) => over)), options.signal);
+    return connections.length;
   }
 
   /**
@@ -240,22 +320,33 @@ export class NbdServer {
     const offender = peerKey(peer);
     const place = this.#placeFor(offender, peer);
     if (typeof place === 'string') {
-      socket.on('error', () => undefined);
-      socket.destroy();
-      this.#observer.onConnectionRefused?.({ peer, reason: place });
+      this.#refuse(socket, peer, place);
       return undefined;
     }
     const id = this.#nextId++;
-    const connection = serve({ id, peer, progress: place ?? NO_PLACE, offender });
+    const progress = place ?? this.#internalProgress();
+    let connection: ServedConnection;
+    let over: Promise<unknown>;
+    try {
+      connection = serve({ id, peer, progress, offender });
+      // A loop of the program's own may give anything.
+      over = Promise.resolve(connection.over);
+    } catch (error) {
+      progress.left?.();
+      this.#refuseFailed(socket, peer, 'serve', error);
+      return undefined;
+    }
     this.#open.set(id, connection);
-    if (place === undefined) this.#internalCount++;
-    else place.occupant = connection;
+    if (place !== undefined) place.occupant = connection;
     if (loop !== undefined) this.#count(loop, 1);
-    void connection.over.then(() => {
+    const ended = (): void => {
       this.#open.delete(id);
-      if (place === undefined) this.#internalCount--;
-      else place.left();
+      progress.left?.();
       if (loop !== undefined) this.#count(loop, -1);
+    };
+    over.then(ended, (error: unknown) => {
+      this.#observer.onError(error, { id, peer, source: 'server', method: 'serve', expected: false });
+      ended();
     });
     return id;
   }
@@ -266,11 +357,26 @@ export class NbdServer {
    */
   #placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
     const { maxConnections } = this.#limits;
-    if (this.#isClosed) return 'the server is closed';
+    if (this.#whyClosed !== undefined) return this.#whyClosed;
     if (key !== undefined) return this.#admission.enter(key, peer.transport);
     // Connections of listeners do not count: clients from outside must not use up the room of internal ones.
     if (this.#internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
     return undefined;
+  }
+
+  /** The progress of a connection that no listener accepted: it only counts, and the program that hands it over decides. */
+  #internalProgress(): Progress {
+    let isCounted = true;
+    this.#internalCount++;
+    return {
+      advanced: () => undefined,
+      settled: () => undefined,
+      leaving: () => undefined,
+      left: () => {
+        if (isCounted) this.#internalCount--;
+        isCounted = false;
+      },
+    };
   }
 
   /** The loop with the fewest connections. */
@@ -299,52 +405,103 @@ export class NbdServer {
 
   /**
    * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every connection is
-   * over and its device closed. After `graceMs` milliseconds the remaining sockets are closed; then only a device that never
-   * finishes a request can be left (`connections` shows which).
+   * over and its device closed. After `graceMs` milliseconds (Infinity: never) the remaining sockets are closed, and the signals
+   * of their devices aborted; devices get one more second. What is `unfinished` then waits for its device; it is also reported
+   * to the observer.
+   * Errors: RangeError (graceMs is no time), and nothing is closed.
    *
    * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
    * unanswered requests, but report ESHUTDOWN as an I/O error.
    */
-  close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
-    this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
+  close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<Unfinished> {
+    const { graceMs = DEFAULT_GRACE_MS, refuse = true } = options;
+    if (typeof graceMs !== 'number' || !(graceMs >= 0)) {
+      return Promise.reject(new RangeError(`graceMs must be a number of milliseconds from 0 on, or Infinity`));
+    }
+    this.#closing ??= this.#shutDown(graceMs, refuse);
     return this.#closing;
+  }
+
+  /**
+   * Stop accepting, and let the present clients work until they leave; then close. A client may stay for days, and is told
+   * nothing: NBD has no message for it. `close`, also while this waits, ends those that are left.
+   *
+   * Resolves when all connections are over and their devices closed; after `timeoutMs` milliseconds in any case, with those
+   * that are left as `unfinished`: they continue to be served.
+   * Errors: the reason of `signal`, if that is aborted before; the server goes on draining.
+   */
+  async drain(options: { readonly timeoutMs?: number; readonly signal?: AbortSignal } = {}): Promise<Unfinished> {
+    this.#stopListening('the server is draining');
+    const { timeoutMs = Infinity, signal } = options;
+    if (!(await unlessAborted(within(timeoutMs, this.#allOver()), signal))) return this.#unfinished();
+    return this.close();
   }
 
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
-    this.#stopListening();
-    for (const connection of this.#open.values()) connection.abort('the server was stopped');
+    this.#stop();
+    for (const connection of this.#open.values()) {
+      this.#guard('abort', () => connection.abort('the server was stopped'));
+    }
   }
 
-  async #shutDown(graceMs: number, refuse: boolean): Promise<void> {
-    this.#stopListening();
-    for (const connection of this.#open.values()) connection.shutdown({ refuse });
-    if (await within(graceMs, this.#allOver())) return;
+  async #shutDown(graceMs: number, refuse: boolean): Promise<Unfinished> {
+    this.#stop();
+    for (const connection of this.#open.values()) this.#guard('shutdown', () => connection.shutdown({ refuse }));
+    if (await within(graceMs, this.#allOver())) return { unfinished: [] };
     this.destroy();
     await within(FORCED_CLOSE_WAIT_MS, this.#allOver());
+    const left = this.#unfinished();
+    this.#reportUnfinished(left);
+    return left;
   }
 
+  #reportUnfinished({ unfinished }: Unfinished): void {
+    for (const { id, peer, exportName, inFlight } of unfinished) {
+      const waitsFor =
+        inFlight === 0 ? 'its export to open or close' : `${inFlight} requests that its device has not finished`;
+      const error = new Error(`the server was closed, but this connection waits for ${waitsFor}`);
+      this.#observer.onError(error, { id, peer, exportName, source: 'server', method: 'close', expected: true });
+    }
+  }
+
+  /** When all connections of this moment, and those that are accepted meanwhile, are over. */
   async #allOver(): Promise<void> {
-    await Promise.all(Array.from(this.#open.values(), (connection) => connection.over));
+    while (this.#open.size > 0) {
+      await Promise.allSettled(Array.from(this.#open.values(), (connection) => connection.over));
+    }
   }
 
-  #stopListening(): void {
-    this.#isClosed = true;
-    for (const loop of this.#allLoops()) loop.stop();
+  #unfinished(): Unfinished {
+    return { unfinished: Array.from(this.#open.values(), stateOf) };
+  }
+
+  #stop(): void {
+    this.#stopListening('the server is closed');
+    for (const loop of this.#allLoops()) this.#guard('stop', () => loop.stop());
+  }
+
+  /** A loop or connection of the program's own fails: the others are still stopped. */
+  #guard(method: string, call: () => void): void {
+    try {
+      call();
+    } catch (error) {
+      this.#observer.onError(error, { source: 'callback', method, expected: false });
+    }
+  }
+
+  #stopListening(why: 'the server is draining' | 'the server is closed'): void {
+    if (this.#whyClosed !== 'the server is closed') this.#whyClosed = why;
     for (const listener of this.#listeners) listener.close();
     this.#listeners.clear();
   }
 }
 
-/** Whether `work` is done within `timeoutMs`. */
-async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> {
-  let timer: NodeJS.Timeout | undefined;
-  const timeout = new Promise<boolean>((resolve) => {
-    timer = setTimeout(() => resolve(false), timeoutMs);
-  });
-  const isDone = await Promise.race([work.then(() => true), timeout]);
-  clearTimeout(timer);
-  return isDone;
+/** A copy of what a connection says of itself. */
+function stateOf(connection: ConnectionInfo): ConnectionInfo {
+  const { id, peer, exportName, phase, hasEnded, openedAt, bytesRead, bytesWritten, requests, errors, inFlight } =
+    connection;
+  return { id, peer, exportName, phase, hasEnded, openedAt, bytesRead, bytesWritten, requests, errors, inFlight };
 }
 
 /** The key by which connections are counted: of a host, or a user. Undefined for internal peers, which no listener accepted. */

@@ -5,7 +5,7 @@
  */
 
 import type { BufferPool } from './buffer-pool.js';
-import { MIN_MOVED_BYTES, type Limits } from './limits.js';
+import { MIN_MOVED_BYTES, orNever, type Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
 
 const MIB = 1024 * 1024;
@@ -80,7 +80,7 @@ export class StallWatch {
       const enoughMs = enough.lasts(connection, now);
       if (any.lasts(connection, now) >= stallTimeoutMs && stallTimeoutMs > 0) {
         connection.abort(`the client has read no replies, and sent nothing, for ${stallTimeoutMs} ms`);
-      } else if (enoughMs >= memoryStallMs && connection.memoryBytes > 0) {
+      } else if (enoughMs >= orNever(memoryStallMs) && connection.memoryBytes > 0) {
         holders.push(connection);
       }
     }

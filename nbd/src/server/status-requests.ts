@@ -3,7 +3,8 @@
  * loop in between. It owns their order and their memory; block-status.ts collects and cuts the extents.
  */
 
-import { CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
+import type { DeviceError } from '../block-device.js';
+import { CMD, CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
 import {
   blockStatusMemory,
   isWideContext,
@@ -14,20 +15,24 @@ import {
   type ExtentCollector,
 } from './block-status.js';
 import type { Block, MemoryAccount } from './buffer-pool.js';
+import type { Failure } from './failure.js';
 import type { ServedDevice } from './geometry.js';
 import { UNITS_PER_LOOK, type LoopTask, type LoopUser } from './loop-share.js';
+import { TimedRequest } from './overdue-requests.js';
+import { promiseOf } from './promised.js';
 import { addresseeOf, type Addressee } from './reply-encoder.js';
-import type { Failure, ReplyQueue } from './reply-queue.js';
+import type { ReplyQueue } from './reply-queue.js';
 import { wantedContexts, type Request, type RequestRules } from './request.js';
-import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
+import type { RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 /** One block status in flight. */
-class StatusRequest implements LoopTask {
+class StatusRequest extends TimedRequest implements LoopTask {
   /** Index of the context to ask for next, or whose extents are being collected. */
   next = 0;
   /** The collector that the device fills. */
   collector: ExtentCollector | undefined;
+  readonly type = CMD.BLOCK_STATUS;
   readonly flags: number;
   readonly offset: number;
   readonly length: number;
@@ -44,7 +49,10 @@ class StatusRequest implements LoopTask {
     readonly memory: number,
     /** Taken instead. */
     readonly own: Block | undefined,
+    /** When it began, if somebody wants to know. */
+    readonly startedAt: number,
   ) {
+    super();
     this.#owner = owner;
     this.flags = flags;
     this.offset = offset;
@@ -57,6 +65,10 @@ class StatusRequest implements LoopTask {
 
   serveTurn(): void {
     this.goOn();
+  }
+
+  overdue(error: DeviceError): void {
+    this.#owner.timeUp(this, error);
   }
 
   readonly goOn = (): void => this.#owner.askContexts(this);
@@ -118,7 +130,10 @@ export class StatusRequests {
     this.#inFlight.begin(memory);
     const isReqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
     const status = new StatusReply(offset, length, contexts.length, isReqOne, most);
-    new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own).goOn();
+    const { now } = this.#inFlight;
+    const asked = new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own, now);
+    if (this.#host.overdue.isOn) this.#host.overdue.begin(asked);
+    asked.goOn();
   }
 
   /** For StatusRequest only: ask for the contexts from `asked.next` on, until its turn of the loop is over. */
@@ -130,6 +145,10 @@ export class StatusRequests {
     const { contexts, status, offset } = asked;
     const { wideContexts } = this.#rules.geometry;
     let failure: Failure | undefined;
+    if (asked.isOverdue) {
+      this.#finish(asked, failure);
+      return;
+    }
     try {
       for (let { collector } = asked; asked.next < contexts.length; collector = undefined) {
         if (collector === undefined) {
@@ -139,10 +158,18 @@ export class StatusRequests {
           }
           const { name } = contexts[asked.next] as SelectedContext;
           collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
-          const answer = device.extents(name, offset, status.length, collector.sink);
-          if (answer !== undefined && isPromise(answer)) {
-            asked.collector = collector;
-            answer.then(asked.goOn, asked.fail);
+          // Set first: whatever happens in the device, its sink ends with the request.
+          asked.collector = collector;
+          const answer: unknown = device.extents(
+            name,
+            offset,
+            status.length,
+            collector.sink,
+            this.#host.clientSignal.signal,
+          );
+          const later = answer === undefined ? undefined : promiseOf(answer);
+          if (later !== undefined) {
+            later.then(asked.goOn, asked.fail);
             return;
           }
         }
@@ -163,15 +190,33 @@ export class StatusRequests {
     this.#finish(asked, this.#inFlight.failureOf(error, asked));
   }
 
-  /** One chunk of extents for each context, all of the same length; or an error. */
-  #finish({ to, contexts, status, memory, own }: StatusRequest, failure: Failure | undefined): void {
+  /** For StatusRequest only: its time is up. Its memory is kept, since the device may still report extents. */
+  timeUp(asked: StatusRequest, error: DeviceError): void {
+    const inFlight = this.#inFlight;
+    const failure = inFlight.timeUp(asked, error);
+    this.#replies.error(asked.to, failure);
+    if (inFlight.areObserved) inFlight.done(asked, asked.startedAt, failure.errno);
+    inFlight.settled();
+  }
+
+  /** One chunk of extents for each context, all of the same length; or an error; or nothing, if it was answered before. */
+  #finish(asked: StatusRequest, failure: Failure | undefined): void {
+    const { to, contexts, status, memory, own } = asked;
     const extendedHeaders = this.#extendedHeaders;
     const inFlight = this.#inFlight;
-    inFlight.end(memory);
+    const wasAnswered = asked.isOverdue;
+    if (wasAnswered) {
+      inFlight.settledLate(asked, memory);
+    } else {
+      this.#host.overdue.end(asked);
+      inFlight.end(memory);
+    }
     // The claimed memory covers the reply.
     this.#host.pool.unclaim(this.#account, memory);
     if (own !== undefined) this.#host.pool.give(own);
-    if (failure === undefined) {
+    if (wasAnswered) {
+      // Nothing more is sent.
+    } else if (failure === undefined) {
       status.collectors.forEach((collector, index) => {
         const done = index === contexts.length - 1 ? REPLY_FLAG_DONE : 0;
         const size = collector.payloadSize(extendedHeaders);
@@ -182,7 +227,9 @@ export class StatusRequests {
       inFlight.errors++;
       this.#replies.error(to, failure);
     }
+    asked.collector?.release();
     status.release();
+    if (inFlight.areObserved && !wasAnswered) inFlight.done(asked, asked.startedAt, failure?.errno ?? 0);
     inFlight.settled();
   }
 }

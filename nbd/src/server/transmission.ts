@@ -58,6 +58,7 @@ export class Transmission implements LoopTask {
   #isHeard = false;
   #isSettleScheduled = false;
   #whenIdle: (() => void)[] = [];
+  #whenSettled: (() => void)[] = [];
 
   readonly #host: TransmissionHost;
 
@@ -77,7 +78,7 @@ export class Transmission implements LoopTask {
     const replies = new ReplyQueue(socket, pool, account, encoder, () => this.#resume());
     const sparseReads = new SparseReads(host, device, rules, account, inFlight, encoder, replies);
     const statuses = new StatusRequests(host, device, rules, account, inFlight, replies, loopUser);
-    const dispatch = new Dispatch(device, memory, inFlight, replies, sparseReads, statuses);
+    const dispatch = new Dispatch(host, device, memory, inFlight, replies, sparseReads, statuses);
     const backPressure = new BackPressure(host, account, memory, inFlight, replies, this);
     this.#parser = new RequestParser({
       ...{ host, rules, account, memory, payload, backPressure, inFlight, statuses, dispatch, replies, loopUser },
@@ -151,9 +152,14 @@ export class Transmission implements LoopTask {
     return this.#isDeaf && this.inFlight === 0;
   }
 
-  /** Whether the client waits for the server. */
+  /** Whether the client waits for the server: not for requests that were answered since their time was up. */
   get isBusy(): boolean {
-    return this.inFlight > 0 || this.#isFrozen || this.#backPressure.isQueued || this.#backPressure.isShortOfMemory;
+    return (
+      this.#requestsInFlight.unanswered > 0 ||
+      this.#isFrozen ||
+      this.#backPressure.isQueued ||
+      this.#backPressure.isShortOfMemory
+    );
   }
 
   // --- Receiving ---
@@ -360,11 +366,17 @@ export class Transmission implements LoopTask {
   }
 
   /**
-   * `callback` is called once no request is in flight or held and all replies are with the socket. Never at once: an observer
-   * or a device may close the server in the middle of a request whose reply is being written.
+   * `callback` is called once all requests are answered, none is held and all replies are with the socket. Never at once: an
+   * observer or a device may close the server in the middle of a request whose reply is being written.
    */
   onIdle(callback: () => void): void {
     this.#whenIdle.push(callback);
+    this.#scheduleSettle();
+  }
+
+  /** `callback` is called once the device has settled all requests, those whose time was up as well. Never at once. */
+  onSettled(callback: () => void): void {
+    this.#whenSettled.push(callback);
     this.#scheduleSettle();
   }
 
@@ -384,9 +396,13 @@ export class Transmission implements LoopTask {
   };
 
   #tellIfIdle(): void {
-    if (this.inFlight > 0) return;
+    const isSettled = this.inFlight === 0;
+    if (isSettled && this.#whenSettled.length > 0) {
+      for (const callback of this.#whenSettled.splice(0)) callback();
+    }
+    if (this.#requestsInFlight.unanswered > 0) return;
     if (this.#isFrozen) {
-      this.#whenStill?.();
+      if (isSettled) this.#whenStill?.();
       return;
     }
     if (this.#whenIdle.length === 0) return;

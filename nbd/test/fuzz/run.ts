@@ -30,6 +30,9 @@ export async function fuzz(firstSeed: number, inputs: number, progress?: (done: 
   const server = new ServerFuzzer();
   let largestMemoryBytes = 0;
   const strays: Error[] = [];
+  // The server warns of errors of its observer.
+  const { emitWarning } = process;
+  process.emitWarning = () => undefined;
   const onStray = (error: unknown): void => void strays.push(error instanceof Error ? error : new Error(String(error)));
   process.on('uncaughtException', onStray).on('unhandledRejection', onStray);
   try {
@@ -51,6 +54,7 @@ export async function fuzz(firstSeed: number, inputs: number, progress?: (done: 
     }
   } finally {
     process.off('uncaughtException', onStray).off('unhandledRejection', onStray);
+    process.emitWarning = emitWarning;
     server.close();
   }
   return { inputs, durationMs: Date.now() - began, largestMemoryBytes };

@@ -1,6 +1,7 @@
 /**
  * One input against the server: a valid handshake and valid requests, partly mutated, cut into chunks, and ended in one of
- * the ways in which connections end. By the seed the device answers late or wrongly, or fails.
+ * the ways in which connections end. By the seed the device answers late or wrongly, or fails; and it,
+ * the provider and the observer are careless in what they give (careless-provider.ts).
  */
 
 import { DeviceError, NbdServer, type DeviceErrorCode, type ExtentSink } from '../../src/index.js';
@@ -15,6 +16,7 @@ import {
 } from '../../src/protocol/wire.js';
 import { connectedEnds } from '../pair-end.js';
 import { TestExport, TestProvider } from '../test-device.js';
+import { Careless } from './careless-provider.js';
 import { checkServerOutput } from './checker.js';
 import { Random } from './random.js';
 
@@ -36,6 +38,8 @@ export class ServerFuzzer {
   private readonly provider: TestProvider;
   private readonly server: NbdServer;
   private random = new Random(0);
+  /** Makes answers, and the observer, careless for two thirds of the seeds. */
+  private readonly careless = new Careless();
 
   constructor() {
     const small = { size: DISK_BYTES };
@@ -59,7 +63,11 @@ export class ServerFuzzer {
       exported.extents = (_context, offset, length, sink) => this.extents(offset, length, sink);
       exported.isHole = () => this.random.oneIn(8);
     }
-    this.server = new NbdServer({ provider: this.provider, limits: { lingerMs: 1000, maxUnsentBytes: 64 * 1024 } });
+    this.server = new NbdServer({
+      provider: this.careless.provider(this.provider) as TestProvider,
+      observer: this.careless.observer(),
+      limits: { lingerMs: 1000, maxUnsentBytes: 64 * 1024 },
+    });
   }
 
   /** Throws if the server misbehaves. */
@@ -70,16 +78,16 @@ export class ServerFuzzer {
     provider.calls.length = 0;
     provider.hook = random.oneIn(3) ? () => undefined : () => this.behave();
     const { input, handshakeBytes } = this.input(random);
+    this.careless.random = random.oneIn(3) ? undefined : random;
     const ends = connectedEnds();
     const output: Buffer[] = [];
     const ended = { isOver: false };
     ends.client.on('data', (chunk: Buffer) => output.push(chunk));
-    const over = new Promise<void>((resolve) => {
-      ends.client
-        .on('end', resolve)
-        .on('close', resolve)
-        .on('error', () => undefined);
-    }).then(() => void (ended.isOver = true));
+    const over = (): void => void (ended.isOver = true);
+    ends.client
+      .on('end', over)
+      .on('close', over)
+      .on('error', () => undefined);
     const id = this.server.serveConnection(ends.server);
     if (id === undefined) throw new Error('the connection was not served');
 
@@ -96,10 +104,10 @@ export class ServerFuzzer {
     if (end === 'destroy late') await new Promise(setImmediate);
     if (end === 'half-close') {
       ends.client.end();
-      await over;
+      await this.releasedUntil(() => ended.isOver);
     }
     ends.client.destroy();
-    while (this.server.connections.size > 0) await new Promise(setImmediate);
+    await this.releasedUntil(() => this.server.connections.size === 0);
     if (provider.openNow !== 0) throw new Error(`${provider.openNow} devices were left open`);
     if (provider.breaches.length > 0) throw new Error(`a device was ${provider.breaches.join(', ')}`);
     checkServerOutput(input, Buffer.concat(output), end === 'half-close');
@@ -107,6 +115,14 @@ export class ServerFuzzer {
 
   close(): void {
     this.server.destroy();
+  }
+
+  /** Wait for `isDone`, and let what hangs settle: it may hang again. */
+  private async releasedUntil(isDone: () => boolean): Promise<void> {
+    while (!isDone()) {
+      await new Promise(setImmediate);
+      this.careless.release();
+    }
   }
 
   /** How a device answers a call. */
