@@ -53,4 +53,6 @@ export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } fr
 export type { Extent, ReplyLevel } from './client/reply-reader.js';
 export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
 export type { Negotiated, SelectedContext } from './protocol/wire.js';
+export { formatNbdUri, NBD_PORT, parseNbdUri } from './protocol/uri.js';
+export type { NbdUri, NbdUriParts, NbdUriTls, TcpNbdUri, UnixNbdUri } from './protocol/uri.js';
 export { MAX_PAYLOAD } from './protocol/wire.js';
