@@ -49,8 +49,22 @@ export type {
   ServerObserver,
 } from './server/observer.js';
 export { NbdClient, NbdClientError } from './client/client.js';
-export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
-export type { Extent, ReplyLevel } from './client/reply-reader.js';
+export type {
+  BlockStatusOptions,
+  CallOptions,
+  ChangedRange,
+  ClientOptions,
+  ConnectionOptions,
+  ExportDetails,
+  Extent,
+  NbdClientErrorCode,
+  ReadOptions,
+  ReplyLevel,
+  ServerAddress,
+  StatusOptions,
+  WriteOptions,
+  ZeroOptions,
+} from './client/client.js';
 export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
 export type { Negotiated, SelectedContext } from './protocol/wire.js';
 export { formatNbdUri, NBD_PORT, parseNbdUri } from './protocol/uri.js';
