@@ -48,17 +48,22 @@ export type {
   RequestEvent,
   ServerObserver,
 } from './server/observer.js';
-export { NbdClient, NbdClientError } from './client/client.js';
+export { copy, NbdClient, NbdClientError, ReconnectingClient } from './client/client.js';
 export type {
   BlockStatusOptions,
   CallOptions,
   ChangedRange,
   ClientOptions,
   ConnectionOptions,
+  CopyClient,
+  CopyOptions,
+  CopyProgress,
   ExportDetails,
   Extent,
   NbdClientErrorCode,
   ReadOptions,
+  ReconnectingClientOptions,
+  ReconnectOptions,
   ReplyLevel,
   ServerAddress,
   StatusOptions,

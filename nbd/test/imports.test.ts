@@ -15,7 +15,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   'device.ts': ['block-device.ts', 'transferred.ts'],
   protocol: ['protocol', 'block-device.ts'],
   server: ['server', 'protocol', 'block-device.ts', 'device.ts', 'transferred.ts'],
-  client: ['client', 'protocol', 'block-device.ts', 'device.ts'],
+  client: ['client', 'protocol', 'block-device.ts', 'device.ts', 'transferred.ts'],
   devices: ['devices', 'block-device.ts', 'device.ts', 'transferred.ts'],
   filters: ['filters', 'block-device.ts', 'device.ts', 'transferred.ts'],
   'shared.ts': ['block-device.ts', 'device.ts'],

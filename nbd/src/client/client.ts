@@ -2,6 +2,11 @@
 
 export { NbdClient } from './nbd-client.js';
 export type { BlockStatusOptions, CallOptions, ReadOptions, WriteOptions, ZeroOptions } from './nbd-client.js';
+export { ReconnectingClient } from './reconnecting-client.js';
+export type { ReconnectingClientOptions, ReconnectOptions } from './reconnecting-client.js';
+export { copy } from './copy.js';
+export type { CopyOptions, CopyProgress } from './copy.js';
+export type { CopyClient } from './copy-ends.js';
 export type { ClientOptions, ConnectionOptions, ServerAddress } from './client-options.js';
 export { NbdClientError, type NbdClientErrorCode } from './client-error.js';
 export type { ExportDetails } from './export-details.js';

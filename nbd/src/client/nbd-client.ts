@@ -175,7 +175,7 @@ export class NbdClient {
   }
 
   /** What go() would return, without opening the export (NBD_OPT_INFO). By default the export of the URI, or ''. */
-  info(exportName = this.#uriExport ?? '', options?: CallOptions): Promise<ExportDetails> {
+  info(exportName = this.exportName, options?: CallOptions): Promise<ExportDetails> {
     return this.#ask('info()', options, () => this.#options.info(exportName), exportName);
   }
 
@@ -187,6 +187,11 @@ export class NbdClient {
   /** The meta contexts that blockStatus(), extents() and changed() can query. */
   get contexts(): readonly string[] {
     return Array.from(this.#options.contextIds.keys());
+  }
+
+  /** The export that the URI names; '' without one. */
+  get exportName(): string {
+    return this.#uriExport ?? '';
   }
 
   /** What go() has returned; undefined before. */
@@ -222,7 +227,7 @@ export class NbdClient {
    * Afterwards requests may be made. If no contexts were selected for it, `base:allocation` is selected, if the server has it.
    * If `signal` is aborted when the server has been asked, the connection is closed: the export may be open then.
    */
-  go(exportName = this.#uriExport ?? '', options?: CallOptions): Promise<ExportDetails> {
+  go(exportName = this.exportName, options?: CallOptions): Promise<ExportDetails> {
     let hasBegun = false;
     const open = async (): Promise<ExportDetails> => {
       hasBegun = true;
