@@ -70,7 +70,10 @@ export type {
   WriteOptions,
   ZeroOptions,
 } from './client/client.js';
-export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
+export type { ClientTls } from './protocol/tls.js';
+export type { TlsIdentity } from './protocol/tls-identity.js';
+export type { ServerTls, TlsMaterial, TlsMode } from './protocol/tls-material.js';
+export type { ClientCertificate, NameAttribute, SubjectAltName } from './protocol/x509.js';
 export type { Negotiated, SelectedContext } from './protocol/wire.js';
 export { formatNbdUri, NBD_PORT, parseNbdUri } from './protocol/uri.js';
 export type { NbdUri, NbdUriParts, NbdUriTls, TcpNbdUri, UnixNbdUri } from './protocol/uri.js';

@@ -31,7 +31,7 @@ export interface Limits {
   readonly handshakeTimeoutMs: number;
   /** Added for each export listed to the client, milliseconds: it may query each of them on this connection. */
   readonly handshakeMsPerListedExport: number;
-  /** For the server to open or describe one export, or to list all, milliseconds. */
+  /** For the server to open or describe one export, to list all, or to get its TLS keys, milliseconds. */
   readonly openTimeoutMs: number;
   /** Longest option data that is parsed, bytes. Longer data are drained and answered NBD_REP_ERR_TOO_BIG. */
   readonly maxOptionBytes: number;
@@ -47,7 +47,7 @@ export interface Limits {
   readonly maxUnsentBytes: number;
   /**
    * Memory for the requests and replies of all connections, bytes: a read until the client has taken its reply, a write until
-   * it is done. Requests beyond it wait. In addition every connection has 128 KiB, so that small requests always make progress.
+   * it is done. Requests beyond it wait. In addition every connection may use 128 KiB, so that small requests always make progress.
    * At least MIN_MEMORY_BYTES.
    */
   readonly maxMemoryBytes: number;
