@@ -437,9 +437,10 @@ export class NbdClient {
     };
     if (this.#phase === 'transmission' && channel !== undefined) {
       this.#phase = 'leaving';
+      await channel.allSent();
+      channel.sayGoodbye();
       await channel.idle();
       startTimer();
-      channel.sayGoodbye();
       this.#fail(farewell);
       // Not end(): it would close a socket without half-open connections before the server has read everything.
       if (this.#socket.readableEnded) this.#socket.destroy();

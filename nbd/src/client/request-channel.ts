@@ -23,6 +23,9 @@ export class RequestChannel {
   readonly #replies: ReplyReader;
   readonly #watch: SilenceWatch | undefined;
   #failure: NbdClientError | undefined;
+  /** Operations that have further requests to send; `onAllSent` is called when there are none any more. */
+  #sending = 0;
+  #onAllSent: (() => void) | undefined;
   #nextCookie = 1;
   /** Bytes given to the socket. */
   #sent = 0;
@@ -62,7 +65,12 @@ export class RequestChannel {
     return replies.isIdle ? Promise.resolve() : new Promise((resolve) => (replies.onIdle = resolve));
   }
 
-  /** NBD_CMD_DISC, which has no answer. */
+  /** Resolves when every operation has sent all of its requests. */
+  allSent(): Promise<void> {
+    return this.#sending === 0 ? Promise.resolve() : new Promise((resolve) => (this.#onAllSent = resolve));
+  }
+
+  /** NBD_CMD_DISC, which has no answer; requests in flight are answered nevertheless. */
   sayGoodbye(): void {
     if (this.#failure !== undefined || !this.#socket.writable) return;
     this.#socket.write((this.#isExtended ? encodeExtendedRequest : encodeRequest)(CMD.DISC, 0, 0, 0, 0));
@@ -76,10 +84,12 @@ export class RequestChannel {
     send: (at: number, length: number) => Promise<void>,
   ): Promise<void> {
     this.#replies.hold();
+    this.#sending++;
     try {
       await inPieces(length, pieceBytes, atOnce, send);
     } finally {
       this.#replies.release();
+      if (--this.#sending === 0) this.#onAllSent?.();
     }
   }
 
