@@ -51,12 +51,33 @@ export type {
   RequestEvent,
   ServerObserver,
 } from './server/observer.js';
-export { NbdClient, NbdClientError } from './client/client.js';
-export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
-export type { Extent, ReplyLevel } from './client/reply-reader.js';
+export { copy, NbdClient, NbdClientError, ReconnectingClient } from './client/client.js';
+export type {
+  BlockStatusOptions,
+  CallOptions,
+  ChangedRange,
+  ClientOptions,
+  ConnectionOptions,
+  CopyClient,
+  CopyOptions,
+  CopyProgress,
+  ExportDetails,
+  Extent,
+  NbdClientErrorCode,
+  ReadOptions,
+  ReconnectingClientOptions,
+  ReconnectOptions,
+  ReplyLevel,
+  ServerAddress,
+  StatusOptions,
+  WriteOptions,
+  ZeroOptions,
+} from './client/client.js';
 export type { ClientTls } from './protocol/tls.js';
 export type { TlsIdentity } from './protocol/tls-identity.js';
 export type { ServerTls, TlsMaterial, TlsMode } from './protocol/tls-material.js';
 export type { ClientCertificate, NameAttribute, SubjectAltName } from './protocol/x509.js';
 export type { CommandName, Negotiated, SelectedContext } from './protocol/wire.js';
 export { COMMAND_NAMES, commandName, MAX_PAYLOAD } from './protocol/wire.js';
+export { formatNbdUri, NBD_PORT, parseNbdUri } from './protocol/uri.js';
+export type { NbdUri, NbdUriParts, NbdUriTls, TcpNbdUri, UnixNbdUri } from './protocol/uri.js';

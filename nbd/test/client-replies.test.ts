@@ -6,7 +6,6 @@ import { describe, expect, onTestFinished, test } from 'vitest';
 import {
   ALLOCATION_CONTEXT,
   DeviceError,
-  MAX_PAYLOAD,
   NbdClient,
   NbdClientError,
   STATE_HOLE,
@@ -278,15 +277,6 @@ for (const level of LEVELS) {
       }
       expect(covered).toEqual({ trim: 5 * 2 ** 31, zero: 2 ** 32 + 4096 });
       expect(server.provider.calls.length === 2).toBe(level === 'extended');
-    });
-
-    test('a request above the largest payload fails without a request to the server', async () => {
-      const server = await startServer();
-      const client = await opened(server, level);
-      expect((await failureOf(client.write(0, Buffer.alloc(MAX_PAYLOAD + 1)))).code).toBe('EINVAL');
-      expect((await failureOf(client.read(0, MAX_PAYLOAD + 1))).code).toBe('EINVAL');
-      await client.flush();
-      expect(server.requests).toHaveLength(1);
     });
 
     test('block status returns the extents, or an error', async () => {

@@ -16,12 +16,10 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   'device.ts': ['block-device.ts', 'transferred.ts'],
   protocol: ['protocol', 'block-device.ts'],
   server: ['server', 'protocol', 'block-device.ts', 'brand.ts', 'device.ts', 'transferred.ts'],
-  client: ['client', 'protocol', 'block-device.ts', 'brand.ts', 'device.ts'],
+  client: ['client', 'protocol', 'block-device.ts', 'brand.ts', 'device.ts', 'transferred.ts'],
   devices: ['devices', 'block-device.ts', 'device.ts', 'transferred.ts'],
   filters: ['filters', 'block-device.ts', 'device.ts', 'transferred.ts'],
-  'shared.ts': ['block-device.ts', 'device.ts'],
-  'serve.ts': ['server', 'protocol', 'block-device.ts', 'device.ts', 'shared.ts'],
-  'index.ts': ['server', 'client', 'protocol', 'block-device.ts', 'device.ts', 'shared.ts', 'serve.ts'],
+  'index.ts': ['server', 'client', 'protocol', 'block-device.ts', 'device.ts'],
 };
 /** Imports from outside the library: Node's modules only. */
 const OUTSIDE = /^node:/;

@@ -16,6 +16,7 @@ import {
   GREETING_SIZE,
   HANDSHAKE_FLAG,
   INFO,
+  MAX_MINIMUM_BLOCK_SIZE,
   NBD_MAGIC_HIGH,
   NBD_MAGIC_LOW,
   OPT,
@@ -52,6 +53,10 @@ interface OptionReply {
   readonly data: Buffer;
 }
 
+/** Ends the connection; everything pending fails with the error that it returns. */
+export type EndConnection = (code: 'PROTOCOL' | 'TIMED_OUT', message: string) => NbdClientError;
+
+/** What the methods return is to be awaited before the next is called (`inTurn`). */
 export class OptionPhase {
   /** The kind of replies that was negotiated; undefined before the first option that depends on it. */
   level: ReplyLevel | undefined;
@@ -61,18 +66,34 @@ export class OptionPhase {
 
   readonly #reader: ByteReader;
   readonly #wantedLevel: ReplyLevel | undefined;
-  readonly #violated: (message: string) => NbdClientError;
+  readonly #timeoutMs: number;
+  readonly #end: EndConnection;
   #socket: Duplex;
   #noZeroes = false;
   #contextExport: string | undefined;
   #isOver = false;
+  #failure: NbdClientError | undefined;
+  /** Settles, and never rejects, when the options before have their answers. */
+  #turn: Promise<unknown> = Promise.resolve();
 
-  /** @param violated called when the server breaks the protocol: it ends the connection, and what it returns is thrown */
-  constructor(socket: Duplex, wantedLevel: ReplyLevel | undefined, violated: (message: string) => NbdClientError) {
+  /** @param timeoutMs how long the server may be silent after an option; 0: for ever */
+  constructor(socket: Duplex, wantedLevel: ReplyLevel | undefined, timeoutMs: number, end: EndConnection) {
     this.#socket = socket;
     this.#reader = new ByteReader(socket);
     this.#wantedLevel = wantedLevel;
-    this.#violated = violated;
+    this.#timeoutMs = timeoutMs;
+    this.#end = end;
+  }
+
+  #violated(message: string): NbdClientError {
+    return this.#end('PROTOCOL', message);
+  }
+
+  /** One option at a time: a server's answers name the option, not the question. */
+  inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#turn.then(work);
+    this.#turn = result.catch(() => undefined);
+    return result;
   }
 
   readonly feed = (chunk: Buffer): void => this.#reader.feed(chunk);
@@ -90,6 +111,7 @@ export class OptionPhase {
 
   /** The connection is unusable: an option that waits for its reply fails with `error`. */
   fail(error: NbdClientError): void {
+    if (!this.#isOver) this.#failure = error;
     this.#isOver = true;
     this.#reader.fail(error);
   }
@@ -192,8 +214,25 @@ export class OptionPhase {
 
   /** Send an option. Returns its replies before the acknowledgement. Errors: NbdClientError with the server's error reply. */
   async ask(option: number, data: Buffer): Promise<OptionReply[]> {
-    if (this.#isOver) throw new NbdClientError('CLOSED', 'options may only be sent before go()');
+    if (this.#isOver) throw this.#failure ?? new NbdClientError('CLOSED', 'options may only be sent before go()');
     this.#socket.write(encodeOption(option, data));
+    const clock = this.#startClock(option);
+    try {
+      return await this.#readReplies(option, clock);
+    } finally {
+      clearTimeout(clock);
+    }
+  }
+
+  #startClock(option: number): NodeJS.Timeout | undefined {
+    if (this.#timeoutMs === 0) return undefined;
+    const end = (): void => {
+      this.#end('TIMED_OUT', `the server was silent for ${this.#timeoutMs} ms after the option ${optionName(option)}`);
+    };
+    return setTimeout(end, this.#timeoutMs);
+  }
+
+  async #readReplies(option: number, clock: NodeJS.Timeout | undefined): Promise<OptionReply[]> {
     const replies: OptionReply[] = [];
     let bytes = 0;
     for (;;) {
@@ -210,9 +249,10 @@ export class OptionPhase {
         throw this.#violated('a malformed option reply');
       }
       const reply = { type: header.readUInt32BE(12), data: await this.#reader.read(length) };
+      clock?.refresh();
       if (reply.type === REP.ACK) return replies;
       if (reply.type >= REP_ERROR_BIT) {
-        const message = decodeString(reply.data) || `option ${option} was refused`;
+        const message = decodeString(reply.data) || `the server refused the option ${optionName(option)}`;
         throw new NbdClientError(OPTION_ERROR_CODES.get(reply.type) ?? 'REFUSED', message);
       }
       replies.push(reply);
@@ -221,14 +261,19 @@ export class OptionPhase {
 
   async #openByName(exportName: string): Promise<ExportDetails> {
     this.#socket.write(encodeOption(OPT.EXPORT_NAME, Buffer.from(exportName)));
-    const reply = await this.#reader.read(10 + (this.#noZeroes ? 0 : EXPORT_NAME_PADDING));
-    return makeDetails(readUInt64(reply, 0), reply.readUInt16BE(8));
+    const clock = this.#startClock(OPT.EXPORT_NAME);
+    try {
+      const reply = await this.#reader.read(10 + (this.#noZeroes ? 0 : EXPORT_NAME_PADDING));
+      return makeDetails(readUInt64(reply, 0), reply.readUInt16BE(8));
+    } finally {
+      clearTimeout(clock);
+    }
   }
 
   #details(replies: readonly OptionReply[]): ExportDetails {
     let details: ExportDetails | undefined;
     let transmissionFlags = 0;
-    let sizes = {};
+    let sizes: Partial<ExportDetails> = {};
     let name: string | undefined;
     let description: string | undefined;
     for (const { type, data } of replies) {
@@ -249,6 +294,8 @@ export class OptionPhase {
       }
     }
     if (details === undefined) throw this.#violated('the server did not tell the size of the export');
+    const problem = sizesProblem({ ...details, ...sizes });
+    if (problem !== undefined) throw this.#violated(problem);
     this.canFilterContexts = (transmissionFlags & TRANSMISSION_FLAG.BLOCK_STATUS_PAYLOAD) !== 0;
     return { ...details, ...sizes, name, description };
   }
@@ -260,9 +307,28 @@ async function unlessRefused(option: Promise<unknown>): Promise<boolean> {
     await option;
     return true;
   } catch (error) {
-    if (!(error instanceof NbdClientError) || error.code === 'PROTOCOL' || error.code === 'CLOSED') throw error;
+    if (!(error instanceof NbdClientError) || isFatal(error)) throw error;
     return false;
   }
+}
+
+/** The connection is over. */
+function isFatal({ code }: NbdClientError): boolean {
+  return code === 'PROTOCOL' || code === 'CLOSED' || code === 'TIMED_OUT';
+}
+
+/** For messages. */
+function optionName(option: number): string {
+  const found = Object.entries(OPT).find(([, value]) => value === option);
+  return found === undefined ? String(option) : `NBD_OPT_${found[0]}`;
+}
+
+/** What requests are cut by must be usable (proto.md, "Size constraints"). */
+function sizesProblem({ minimumBlockSize, maximumPayload }: ExportDetails): string | undefined {
+  const isPower = minimumBlockSize > 0 && (minimumBlockSize & (minimumBlockSize - 1)) === 0;
+  if (!isPower || minimumBlockSize > MAX_MINIMUM_BLOCK_SIZE) return `a minimum block size of ${minimumBlockSize} bytes`;
+  if (maximumPayload < minimumBlockSize) return `a maximum payload of ${maximumPayload} bytes, less than a block`;
+  return undefined;
 }
 
 function infoQuery(exportName: string): Buffer {

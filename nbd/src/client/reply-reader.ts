@@ -22,7 +22,9 @@ import {
   STRUCTURED_REPLY_MAGIC,
   STRUCTURED_REPLY_SIZE,
 } from '../protocol/wire.js';
+import { asError } from './argument-checks.js';
 import { Coverage } from './coverage.js';
+import type { Watched } from './silence-watch.js';
 
 /** The layout of requests and replies: simple replies, structured ones, or extended headers both ways. */
 export type ReplyLevel = 'simple' | 'structured' | 'extended';
@@ -42,21 +44,21 @@ export interface ReplyFailure {
   readonly offset: number | undefined;
 }
 
-/** A request that waits for its reply. */
+/** A request that waits for its reply. Its callbacks must not throw, except `onHole`. */
 export interface PendingReply {
   readonly type: number;
   readonly flags: number;
   readonly offset: number;
   readonly length: number;
   /** The buffer for a read's data, exactly `length` bytes. */
-  readonly into?: Buffer | undefined;
-  /** Called for each hole of a read; its zeros are filled in anyway. */
+  readonly into?: Uint8Array | undefined;
+  /** Called for each hole of a read; its zeros are filled in anyway. It belongs to the user, and may throw. */
   readonly onHole?: ((offset: number, length: number) => void) | undefined;
   /** The ids of the contexts whose status is expected, each once. */
   readonly contextIds?: readonly number[] | undefined;
   readonly onExtents?: ((contextId: number, extents: Extent[]) => void) | undefined;
-  /** Called once, when the whole reply has arrived. */
-  readonly finish: (failure: ReplyFailure | undefined) => void;
+  /** Called once, when the whole reply has arrived. `thrown`: what `onHole` has thrown. */
+  readonly finish: (failure: ReplyFailure | undefined, thrown: Error | undefined) => void;
   /** Called instead when the connection is lost. */
   readonly lose: (cause: Error) => void;
 }
@@ -65,17 +67,30 @@ export interface PendingReply {
 const MAX_ERROR_PAYLOAD = 64 * 1024;
 
 /** A reply that has arrived in part. */
-class Progress {
+class Progress implements Watched {
   failure: ReplyFailure | undefined;
+  thrown: Error | undefined;
   contentChunks = 0;
   readonly covered = new Coverage();
-  readonly contextsSeen = new Set<number>();
+  /** Undefined for a request of no contexts. */
+  readonly contextsSeen: Set<number> | undefined;
+  parts = 0;
+  sentEnd = 0;
+  /** The caller has given up: the reply is checked like any other, and goes nowhere. */
+  isDiscarded = false;
 
-  constructor(readonly pending: PendingReply) {}
+  constructor(readonly pending: PendingReply) {
+    this.contextsSeen = pending.contextIds === undefined ? undefined : new Set();
+  }
 }
 
 export class ReplyReader {
+  /** In the order in which they were sent. */
   readonly #waiting = new Map<number, Progress>();
+  /** Those of `waiting` whose callers still wait. */
+  #wanted = 0;
+  /** Called when no caller waits any more. */
+  onIdle: (() => void) | undefined;
   readonly #header = Buffer.alloc(EXTENDED_REPLY_SIZE);
   #headerFill = 0;
   #headerSize: number;
@@ -88,8 +103,8 @@ export class ReplyReader {
   /** Collects a payload that is decoded as a whole. */
   #gathered: Buffer | undefined;
   #gatheredFill = 0;
-  /** Where data go, and how many bytes are still to arrive. */
-  #dataInto: Buffer | undefined;
+  /** Where data go (undefined: nowhere), and how many bytes are still to arrive. */
+  #dataInto: Uint8Array | undefined;
   #dataAt = 0;
   #dataLeft = 0;
 
@@ -97,11 +112,7 @@ export class ReplyReader {
   /** The server violated the protocol; no further input is parsed. */
   readonly #violated: (message: string) => void;
 
-  constructor(
-    level: ReplyLevel,
-
-    violated: (message: string) => void,
-  ) {
+  constructor(level: ReplyLevel, violated: (message: string) => void) {
     this.#level = level;
     this.#violated = violated;
     this.#headerSize = level === 'extended' ? EXTENDED_REPLY_SIZE : SIMPLE_REPLY_SIZE;
@@ -111,15 +122,57 @@ export class ReplyReader {
     return this.#waiting.has(cookie);
   }
 
-  expect(cookie: number, pending: PendingReply): void {
-    this.#waiting.set(cookie, new Progress(pending));
+  /** No caller waits for a reply. */
+  get isIdle(): boolean {
+    return this.#wanted === 0;
+  }
+
+  /** The oldest request in flight. */
+  oldest(): Watched | undefined {
+    for (const progress of this.#waiting.values()) return progress;
+    return undefined;
+  }
+
+  /** @param sentEnd see Watched */
+  expect(cookie: number, pending: PendingReply, sentEnd: number): void {
+    const progress = new Progress(pending);
+    progress.sentEnd = sentEnd;
+    this.#waiting.set(cookie, progress);
+    this.#wanted++;
+  }
+
+  /** The caller has given up: its memory is not touched from now on, and neither `finish` nor `lose` will be called. */
+  discard(cookie: number): void {
+    const progress = this.#waiting.get(cookie);
+    if (progress === undefined || progress.isDiscarded) return;
+    progress.isDiscarded = true;
+    // The rest of the data that is arriving goes nowhere.
+    if (this.#current === progress) this.#dataInto = undefined;
+    this.#unwant();
   }
 
   /** No more replies will arrive: every request fails with `cause`. */
   abandon(cause: Error): void {
     this.#isDead = true;
-    for (const { pending } of this.#waiting.values()) pending.lose(cause);
+    this.#dataInto = undefined;
+    for (const { pending, isDiscarded } of this.#waiting.values()) if (!isDiscarded) pending.lose(cause);
     this.#waiting.clear();
+    this.#wanted = 0;
+    this.onIdle?.();
+  }
+
+  /** An operation of several requests has begun: the client is not idle until `release`. */
+  hold(): void {
+    this.#wanted++;
+  }
+
+  release(): void {
+    // After `abandon` nothing is counted.
+    if (!this.#isDead) this.#unwant();
+  }
+
+  #unwant(): void {
+    if (--this.#wanted === 0) this.onIdle?.();
   }
 
   feed(chunk: Buffer): void {
@@ -162,7 +215,7 @@ export class ReplyReader {
   #takeSimpleReply(): void {
     const progress = this.#find();
     if (progress === undefined) return this.#violation('a reply to no request');
-    const { type, into } = progress.pending;
+    const { type, offset, length } = progress.pending;
     const errno = this.#header.readUInt32BE(4);
     if (this.#level === 'structured') {
       if (type === CMD.READ) return this.#violation('a simple reply to a read');
@@ -170,10 +223,11 @@ export class ReplyReader {
     }
     this.#current = progress;
     this.#isLast = true;
+    progress.parts++;
     if (errno !== 0) progress.failure = { errno, message: undefined, offset: undefined };
-    if (errno === 0 && into !== undefined && into.length > 0) {
-      progress.covered.add(progress.pending.offset, progress.pending.offset + into.length);
-      this.#expectData(into, 0, into.length);
+    if (errno === 0 && type === CMD.READ && length > 0) {
+      progress.covered.add(offset, offset + length);
+      this.#expectData(progress, 0, length);
     } else {
       this.#endChunk();
     }
@@ -190,6 +244,7 @@ export class ReplyReader {
     this.#type = this.#header.readUInt16BE(6);
     this.#isLast = (flags & REPLY_FLAG_DONE) !== 0;
     this.#current = progress;
+    progress.parts++;
     const command = progress.pending.type;
 
     if ((this.#type & REPLY_TYPE_ERROR_BIT) !== 0) {
@@ -280,19 +335,25 @@ export class ReplyReader {
   }
 
   #beginData(progress: Progress, offset: number, length: number): void {
-    const { into } = progress.pending;
-    if (into === undefined || !this.#cover(progress, offset, length)) return;
-    this.#expectData(into, offset - progress.pending.offset, length);
+    if (!this.#cover(progress, offset, length)) return;
+    this.#expectData(progress, offset - progress.pending.offset, length);
   }
 
   #takeHole(progress: Progress, payload: Buffer): void {
     const offset = readUInt64(payload, 0);
     const length = payload.readUInt32BE(8);
+    if (!this.#cover(progress, offset, length)) return;
     const { into, onHole } = progress.pending;
-    if (into === undefined || !this.#cover(progress, offset, length)) return;
-    const at = offset - progress.pending.offset;
-    into.fill(0, at, at + length);
-    onHole?.(offset, length);
+    if (!progress.isDiscarded) {
+      const at = offset - progress.pending.offset;
+      into?.fill(0, at, at + length);
+      try {
+        onHole?.(offset, length);
+      } catch (error) {
+        // The call fails with it, when its reply is complete: the next reply begins there.
+        progress.thrown ??= asError(error);
+      }
+    }
     this.#endChunk();
   }
 
@@ -305,16 +366,17 @@ export class ReplyReader {
     return !this.#isDead;
   }
 
-  #expectData(into: Buffer, at: number, length: number): void {
-    this.#dataInto = into;
+  #expectData(progress: Progress, at: number, length: number): void {
+    this.#dataInto = progress.isDiscarded ? undefined : progress.pending.into;
     this.#dataAt = at;
     this.#dataLeft = length;
   }
 
   #takeData(chunk: Buffer, at: number): number {
     const end = Math.min(chunk.length, at + this.#dataLeft);
-    if (this.#dataInto === undefined) throw new Error('reply-reader: data for nobody');
-    const taken = chunk.copy(this.#dataInto, this.#dataAt, at, end);
+    const taken = end - at;
+    if (this.#dataInto !== undefined) chunk.copy(this.#dataInto, this.#dataAt, at, end);
+    if (this.#current !== undefined) this.#current.parts++;
     this.#dataAt += taken;
     this.#dataLeft -= taken;
     if (this.#dataLeft === 0) {
@@ -330,7 +392,7 @@ export class ReplyReader {
     const contextId = payload.readUInt32BE(0);
     const count = isWide ? (payload.length - 8) / 16 : (payload.length - 4) / 8;
     if (isWide && payload.readUInt32BE(4) !== count) return this.#violation('a block status with a wrong count');
-    if (!pending.contextIds?.includes(contextId) || contextsSeen.has(contextId)) {
+    if (contextsSeen === undefined || !pending.contextIds?.includes(contextId) || contextsSeen.has(contextId)) {
       return this.#violation(`a block status of context ${contextId}, which was not requested`);
     }
     contextsSeen.add(contextId);
@@ -353,7 +415,7 @@ export class ReplyReader {
       extents.push({ offset, length: Math.min(length, end - offset), flags });
       offset += length;
     }
-    pending.onExtents?.(contextId, extents);
+    if (!progress.isDiscarded) pending.onExtents?.(contextId, extents);
     this.#endChunk();
   }
 
@@ -368,12 +430,14 @@ export class ReplyReader {
       if (pending.type === CMD.READ && covered.bytes !== pending.length) {
         return this.#violation(`a read of ${pending.length} bytes answered with ${covered.bytes}`);
       }
-      if (pending.contextIds !== undefined && contextsSeen.size !== pending.contextIds.length) {
+      if (pending.contextIds !== undefined && contextsSeen?.size !== pending.contextIds.length) {
         return this.#violation('a block status that lacks a context');
       }
     }
     this.#waiting.delete(this.#header.readUInt32BE(12));
-    pending.finish(failure);
+    if (progress.isDiscarded) return;
+    pending.finish(failure, progress.thrown);
+    this.#unwant();
   }
 
   #violation(message: string): void {

@@ -20,6 +20,10 @@ const u16 = (value: number): Buffer => bytesOf(2, value);
 const u32 = (value: number): Buffer => bytesOf(4, value);
 const u64 = (value: number | bigint): Buffer => bytesOf(8, value);
 
+/** The bytes of all writes, and what a caller puts into its memory once its call was aborted. */
+const WRITTEN = 0;
+const REUSED = 0x66;
+
 /** After this many turns of the event loop without input the server closes the connection: each side waits for the other. */
 const IDLE_TURNS = 30;
 
@@ -32,6 +36,8 @@ class LyingServer {
   /** Replies before the server closes the connection; no answer is endless. */
   private patience: number;
   private idleTurns = 0;
+  /** A write whose data are not those that the client was given. */
+  hasForeignData = false;
 
   constructor(
     private readonly end: PairEnd,
@@ -88,6 +94,7 @@ class LyingServer {
     const hasPayload = type === CMD.WRITE || (isExtended && (flags & CMD_FLAG.PAYLOAD_LEN) !== 0);
     const request = this.take(size + (hasPayload ? length : 0));
     if (request === undefined) return false;
+    if (type === CMD.WRITE && request.subarray(size).some((byte) => byte !== WRITTEN)) this.hasForeignData = true;
     if (type === CMD.DISC) {
       this.end.end();
       return false;
@@ -157,7 +164,11 @@ class LyingServer {
           const size = random.oneIn(20) ? random.next() * 2 ** 32 : SIZE;
           reply(REP.INFO, Buffer.concat([u16(0), u64(size), u16(random.oneIn(4) ? random.next() : 0x1fff)]));
         }
-        if (random.oneIn(3)) reply(REP.INFO, Buffer.concat([u16(3), u32(1), u32(4096), u32(MAX_PAYLOAD)]));
+        if (random.oneIn(3))
+          reply(
+            REP.INFO,
+            Buffer.concat([u16(3), u32(1), u32(4096), u32(random.pick([MAX_PAYLOAD, MAX_PAYLOAD, 4096]))]),
+          );
         if (random.oneIn(6)) reply(REP.INFO, Buffer.concat([u16(random.below(9)), random.bytes(random.below(30))]));
         if (option === OPT.GO) this.phase = 'requests';
         break;
@@ -266,11 +277,14 @@ export async function runClientInput(seed: number): Promise<void> {
   const random = new Random(seed);
   const ends = connectedEnds();
   ends.client.on('error', () => undefined);
-  new LyingServer(ends.server, random, random.pick([3, 20, 200, 1_000_000]));
+  const server = new LyingServer(ends.server, random, random.pick([3, 20, 200, 1_000_000]));
+  const reused: Buffer[] = [];
   let client: NbdClient;
   try {
     const replies = random.oneIn(3) ? random.pick(['simple', 'structured', 'extended'] as const) : undefined;
-    client = await NbdClient.connect({ socket: ends.client, replies });
+    const timeoutMs = random.oneIn(8) ? 1 + random.below(20) : undefined;
+    const signal = random.oneIn(20) ? abortedSoon(random) : undefined;
+    client = await NbdClient.connect({ socket: ends.client, replies, timeoutMs, signal });
   } catch (error) {
     if (!(error instanceof NbdClientError)) throw error;
     ends.server.destroy();
@@ -279,11 +293,12 @@ export async function runClientInput(seed: number): Promise<void> {
   try {
     if (random.oneIn(3)) await client.list();
     if (random.oneIn(3)) await client.info('disk');
+    if (random.oneIn(6)) await askTogether(client, random);
     if (random.oneIn(3)) await client.listContexts('disk');
     if (random.oneIn(3)) await client.selectContexts('disk', ['base:allocation', 'x-test:a']);
     await client.go('disk');
     for (let round = random.below(4); round >= 0; round--) {
-      const asked = Array.from({ length: 1 + random.below(6) }, () => ask(client, random));
+      const asked = Array.from({ length: 1 + random.below(6) }, () => ask(client, random, reused));
       for (const outcome of await Promise.allSettled(asked)) {
         if (outcome.status === 'rejected' && !(outcome.reason instanceof NbdClientError)) throw outcome.reason;
       }
@@ -297,25 +312,87 @@ export async function runClientInput(seed: number): Promise<void> {
   else if (random.oneIn(2) && !ends.server.writable) await client.disconnect();
   client.destroy();
   ends.server.destroy();
+  await client.closed;
+  if (server.hasForeignData) throw new Error('a write whose data were used by its caller');
+  if (reused.some((memory) => memory.some((byte) => byte !== REUSED))) {
+    throw new Error('memory of an aborted call was written to');
+  }
 }
 
-/** One request, and a check of its result. */
-async function ask(client: NbdClient, random: Random): Promise<void> {
+/** A signal that is aborted at once or within a few turns of the event loop. */
+function abortedSoon(random: Random): AbortSignal {
+  const controller = new AbortController();
+  let turns = random.below(8);
+  const turn = (): void => {
+    if (turns-- <= 0) controller.abort();
+    else setImmediate(turn);
+  };
+  turn();
+  return controller.signal;
+}
+
+/** Several options at once, some of them given up. */
+async function askTogether(client: NbdClient, random: Random): Promise<void> {
+  const options = (): { signal?: AbortSignal } => (random.oneIn(3) ? { signal: abortedSoon(random) } : {});
+  const asked = [
+    client.list(options()),
+    client.info('disk', options()),
+    client.selectContexts('disk', ['base:allocation'], options()),
+    client.listContexts('disk', [], options()),
+  ];
+  for (const outcome of await Promise.allSettled(asked)) {
+    if (outcome.status === 'rejected' && !(outcome.reason instanceof NbdClientError)) throw outcome.reason;
+  }
+}
+
+/** One request, and a check of its result. Memory of a call that was aborted is used again at once. */
+async function ask(client: NbdClient, random: Random, reused: Buffer[]): Promise<void> {
+  const signal = random.oneIn(5) ? abortedSoon(random) : undefined;
+  const memory: Buffer[] = [];
+  try {
+    await askOne(client, random, memory, signal);
+  } catch (error) {
+    if (error instanceof NbdClientError && error.code === 'ABORTED') {
+      reused.push(...memory.map((bytes) => bytes.fill(REUSED)));
+    }
+    throw error;
+  }
+}
+
+async function askOne(
+  client: NbdClient,
+  random: Random,
+  memory: Buffer[],
+  signal: AbortSignal | undefined,
+): Promise<void> {
   const offset = random.oneIn(20) ? random.interesting(SIZE) : random.below(SIZE / 512) * 512;
   const length = random.oneIn(20) ? Math.min(random.interesting(SIZE), SIZE) : 1 + random.below(20_000);
-  switch (random.below(8)) {
-    case 0:
-      return client.write(offset, Buffer.alloc(Math.min(length, 20_000)), { fua: random.oneIn(2) });
+  switch (random.below(9)) {
+    case 0: {
+      const data = Buffer.alloc(Math.min(length, 20_000), WRITTEN);
+      memory.push(data);
+      return client.write(offset, data, { fua: random.oneIn(2), signal });
+    }
     case 1:
-      return client.trim(offset, length);
+      return client.trim(offset, length, { signal });
     case 2:
-      return client.zero(offset, random.oneIn(10) ? 2 ** 33 : length);
+      return client.zero(offset, random.oneIn(10) ? 2 ** 33 : length, { signal });
     case 3:
-      return client.flush();
+      return client.flush({ signal });
+    case 8: {
+      let end = 0;
+      let steps = 0;
+      for await (const extent of client.extents('base:allocation', { chunkBytes: 100_000, signal })) {
+        if (extent.offset !== end || !(extent.length > 0)) throw new Error('an extent of extents()');
+        end += extent.length;
+        if (++steps > 20) break;
+      }
+      return;
+    }
     case 4:
     case 5: {
       const context = random.pick(['base:allocation', 'x-test:a']);
-      const extents = await client.blockStatus(context, offset, length, { one: random.oneIn(3) });
+      const extents = await client.blockStatus(context, offset, length, { one: random.oneIn(3), signal });
       let at = offset;
       for (const extent of extents) {
         if (extent.offset !== at || !(extent.length > 0) || !Number.isSafeInteger(extent.flags))
@@ -327,7 +404,8 @@ async function ask(client: NbdClient, random: Random): Promise<void> {
     }
     default: {
       const into = Buffer.alloc(length, 0x55);
-      await client.readInto(offset, into, { df: random.oneIn(4) });
+      memory.push(into);
+      await client.readInto(offset, into, { df: random.oneIn(4), signal });
       // The server sends this byte only in a few mutations: more of them were not filled in.
       if (into.filter((byte) => byte === 0x55).length > 64) throw new Error('a read that did not bring everything');
     }
