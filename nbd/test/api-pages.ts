@@ -130,7 +130,9 @@ class PageMaker {
       const documented = isMaker
         ? this.explanation(this.checker.getSignatureFromDeclaration(member))
         : this.explain(this.checker.getSymbolAtLocation(member.name ?? member), `${symbol.name}.`);
-      lines.push(`## ${title}`, '', ...code(signatureOf(member)), '', documented, '');
+      // In Markdown brackets would be a link.
+      const heading = title.startsWith('[') ? `\`${title}\`` : title;
+      lines.push(`## ${heading}`, '', ...code(signatureOf(member)), '', documented, '');
     }
     return lines;
   }

@@ -62,6 +62,7 @@ describe('answers that come later', () => {
   const promise = Object.assign(Promise.resolve(), { then: twice.then });
   class Lazy extends Promise<void> {
     override then<A = void, B = never>(
+      // eslint-disable-next-line @typescript-eslint/no-invalid-void-type
       fulfilled?: ((value: void) => A | PromiseLike<A>) | null,
       rejected?: ((error: unknown) => B | PromiseLike<B>) | null,
     ): Promise<A | B> {

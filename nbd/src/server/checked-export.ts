@@ -8,7 +8,6 @@ import { completeDevice, completeGeometry, isBlockDevice, type AnyDevice } from 
 import { checkedInfo } from './export-info.js';
 import { geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
 import type { CheckedExport, HandshakeHost } from './handshake-host.js';
-import { awaited } from './promised.js';
 
 /**
  * Open an export and check that it can be served; a device of the small interface is completed. Errors: those of the
