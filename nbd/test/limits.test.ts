@@ -13,6 +13,7 @@ const CAN_BE_OFF = [
   'keepAliveMs',
   'handshakeTimeoutMs',
   'openTimeoutMs',
+  'requestTimeoutMs',
   'memoryStallMs',
   'stallTimeoutMs',
 ];

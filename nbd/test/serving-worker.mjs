@@ -1,7 +1,7 @@
 /** A worker thread with a ConnectionLoop: it serves the sockets whose descriptors it is given; see worker-loop.test.ts. */
 
 import net from 'node:net';
-import { parentPort, threadId } from 'node:worker_threads';
+import { parentPort, threadId, workerData } from 'node:worker_threads';
 import { ConnectionLoop } from 'nbd-server-ts';
 
 const disk = Buffer.alloc(1024 * 1024);
@@ -20,6 +20,7 @@ const device = {
   close: () => undefined,
 };
 const loop = new ConnectionLoop({
+  limits: workerData ?? {},
   provider: { list: () => [info], describe: () => ({ geometry, info }), open: () => ({ device, info }) },
 });
 const connections = new Map();
@@ -32,8 +33,12 @@ parentPort.on('message', (message) => {
     const socket = new net.Socket({ fd, allowHalfOpen: true, readable: true, writable: true });
     const progress = {
       advanced: () => tell(id, 'advanced'),
-      settled: () => tell(id, 'settled'),
+      settled: () => {
+        tell(id, 'settled');
+        parentPort.postMessage({ id, exportName: connections.get(id)?.exportName ?? 'disk' });
+      },
       leaving: () => tell(id, 'leaving'),
+      left: () => tell(id, 'left'),
     };
     const served = loop.serve({ id, socket, peer, progress, offender, state });
     connections.set(id, served);

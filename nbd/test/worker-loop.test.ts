@@ -27,7 +27,8 @@ import { temporaryDirectory, until } from './test-server.js';
 
 interface Told {
   readonly id?: number;
-  readonly what?: 'advanced' | 'settled' | 'leaving' | 'over';
+  readonly what?: 'advanced' | 'settled' | 'leaving' | 'left' | 'over';
+  readonly exportName?: string;
   readonly memory?: MemoryUse;
   readonly flushing?: boolean;
 }
@@ -36,7 +37,7 @@ interface Told {
 class RemoteConnection implements ServedConnection {
   readonly id: number;
   readonly peer: Peer;
-  readonly exportName = undefined;
+  exportName: string | undefined = undefined;
   phase: ConnectionInfo['phase'] = 'handshake';
   readonly hasEnded = false;
   readonly openedAt = Date.now();
@@ -84,23 +85,25 @@ class RemoteConnection implements ServedConnection {
 }
 
 class WorkerLoop implements ServingLoop {
-  readonly worker = new Worker(fileURLToPath(new URL('serving-worker.mjs', import.meta.url)));
+  readonly worker: Worker;
   readonly connections = new Map<number, RemoteConnection>();
   memory: MemoryUse = { usedBytes: 0, maxBytes: 0, keptBytes: 0, waiting: 0 };
   flushes = 0;
 
-  constructor() {
+  constructor(limits: Partial<Limits> = {}) {
+    this.worker = new Worker(fileURLToPath(new URL('serving-worker.mjs', import.meta.url)), { workerData: limits });
     onTestFinished(() => void this.worker.terminate());
     this.worker.on('error', () => undefined);
     // The connections of a worker end with it.
     this.worker.on('exit', () => {
       for (const connection of this.connections.values()) connection.end();
     });
-    this.worker.on('message', ({ id, what, memory, flushing }: Told) => {
+    this.worker.on('message', ({ id, what, memory, flushing, exportName }: Told) => {
       if (memory !== undefined) this.memory = memory;
       if (flushing === true) this.flushes++;
       const connection = this.connections.get(id ?? NaN);
       if (connection === undefined) return;
+      if (exportName !== undefined) connection.exportName = exportName;
       if (what === 'over') {
         this.connections.delete(connection.id);
         connection.end();
@@ -109,7 +112,7 @@ class WorkerLoop implements ServingLoop {
       if (what === undefined) return;
       if (what === 'settled') connection.phase = 'transmission';
       if (what === 'leaving') connection.phase = 'closing';
-      connection.accepted.progress[what]();
+      connection.accepted.progress[what]?.();
     });
   }
 
@@ -214,6 +217,38 @@ test('close() waits for the requests in flight of all loops, and closes no conne
   await flushed;
   await closed;
   expect(server.connections.size).toBe(0);
+});
+
+test('a device of a worker that never answers: the place of a client that is gone is released', async () => {
+  const loop = new WorkerLoop({ requestTimeoutMs: 50, lingerMs: 20 });
+  const { server, connect } = await serverWith([loop], { maxConnections: 1, maxConnectionsPerPeer: 1 });
+  const client = await connect();
+  await client.go('disk');
+  await expect(client.flush()).rejects.toMatchObject({ code: 'EIO' });
+  client.destroy();
+  let next: NbdClient | undefined;
+  while (next === undefined) next = await connect().catch(() => undefined);
+  await next.go('disk');
+  expect(server.connections.size).toBe(2);
+  const { unfinished } = await server.close({ graceMs: 10 });
+  expect(unfinished).toHaveLength(1);
+  loop.worker.postMessage({ finishFlush: true });
+  await until(() => server.connections.size === 0, 'it is over');
+});
+
+test('closeExport() and drain() count connections that workers serve', async () => {
+  const { server, connect } = await serverWith([new WorkerLoop(), new WorkerLoop()]);
+  const clients = [await connect(), await connect()];
+  for (const client of clients) await client.go('disk');
+  await until(() => [...server.connections.values()].every(({ exportName }) => exportName === 'disk'), 'it is known');
+  expect(await server.closeExport('disk', 'it is deleted')).toBe(2);
+  const last = await connect();
+  await last.go('disk');
+  const drained = server.drain();
+  await expect(connect()).rejects.toThrow();
+  expect(await last.read(0, 512)).toHaveLength(512);
+  await last.disconnect();
+  expect(await drained).toEqual({ unfinished: [] });
 });
 
 test('the end of a worker ends its connections only', async () => {

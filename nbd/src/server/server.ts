@@ -459,7 +459,9 @@ export class NbdServer {
   #reportUnfinished({ unfinished }: Unfinished): void {
     for (const { id, peer, exportName, inFlight } of unfinished) {
       const waitsFor =
-        inFlight === 0 ? 'its export to open or close' : `${inFlight} requests that its device has not finished`;
+        inFlight === 0
+          ? 'its export, which has not opened, answered or closed'
+          : `${inFlight} requests that its device has not finished`;
       const error = new Error(`the server was closed, but this connection waits for ${waitsFor}`);
       this.#observer.onError(error, { id, peer, exportName, source: 'server', method: 'close', expected: true });
     }
