@@ -143,12 +143,12 @@ test('the line at the end of a connection has the client, its requests, and why 
   const client = await RawClient.connect({ path: daemon.socket });
   await client.open('disk');
   client.request({ type: CMD.WRITE, length: 1000 }, Buffer.alloc(1000));
-  expect((await client.readReply()).error).toBe(0);
+  expect((await client.readReply()).errno).toBe(0);
   client.request({ type: CMD.READ, length: 500 });
-  expect((await client.readReply(500)).error).toBe(0);
+  expect((await client.readReply(500)).errno).toBe(0);
   // The library's client would not send this one.
   client.request({ type: CMD.READ, offset: 2 ** 30, length: 1 });
-  expect((await client.readReply()).error).not.toBe(0);
+  expect((await client.readReply()).errno).not.toBe(0);
   client.request({ type: CMD.DISC });
   await waitUntil(() => lines(daemon, 'connection closed').length === 1, 'it is over');
   expect(lines(daemon, 'connection closed')[0]).toMatchObject({
