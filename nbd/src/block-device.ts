@@ -101,7 +101,11 @@ export interface BlockDevice {
   write(offset: number, data: Buffer, fua: boolean, signal?: AbortSignal): Awaitable<Transferred>;
   /** When it answers, all writes answered before this call are durable. */
   flush(signal?: AbortSignal): Awaitable<void>;
-  /** Called once, when the connection is over and no request is in flight. `ending`: whether the client may reconnect. */
+  /**
+   * Called once for each device that was opened, when its connection is over and no request is in flight; for a device behind
+   * several connections when the last of them is over (`shared`), or the server is closed (`serve`). An object that a provider
+   * itself gives to several connections gets it from each. `ending`: whether the client may reconnect.
+   */
   close(ending: Ending): Awaitable<void>;
   /** The range reads as zeros afterwards. With `canZero`. */
   zero?(offset: number, length: number, mode: ZeroMode, signal?: AbortSignal): Awaitable<void>;
@@ -205,7 +209,7 @@ export class ExportError extends Error {
   }
 }
 
-/** The connection that an export is opened for. */
+/** The connection that an export is opened, or described, for. */
 export interface OpenContext {
   /** The id of the connection, as in ConnectionInfo. */
   readonly id: number;
@@ -220,13 +224,14 @@ export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
   /**
    * For NBD_OPT_INFO, and for meta contexts: what `open` would return, without opening. `contexts`: the client's queries
    * when it lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none
-   * that is queried by its name.
+   * that is queried by its name. A server always gives `context`.
    * Errors: ExportError.
    */
   describe(
     name: string,
     peer: Peer,
     contexts?: readonly string[],
+    context?: OpenContext,
   ): Awaitable<{ readonly geometry: Device['geometry']; readonly info: ExportInfo }>;
   /**
    * For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. A server always gives `context`.
@@ -239,7 +244,8 @@ export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
   ): Awaitable<{ readonly device: Device; readonly info: ExportInfo }>;
   /**
    * The connection on which `describe` or `open` were called is over: resources held for it can be released. `peer` is the same
-   * object that was passed to them: one per connection, and another one once TLS has begun. Called after the device is closed.
+   * object that was passed to them: one per connection, and another one once TLS has begun. Called after the device is closed;
+   * the connection counts as over when it has answered.
    */
-  left?(peer: Peer): void;
+  left?(peer: Peer): Awaitable<void>;
 }

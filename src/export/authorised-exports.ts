@@ -34,7 +34,7 @@ export interface SubjectExports extends ExportProvider<CompleteDevice> {
     name: string,
     peer: Peer,
     contexts?: readonly string[],
-    access?: PeerAccess,
+    access?: PeerAccess & Partial<OpenContext>,
   ): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
   open(
     name: string,
@@ -86,9 +86,10 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     name: string,
     peer: Peer,
     contexts?: readonly string[],
+    context?: OpenContext,
   ): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
     const { subject, ...access } = await this.#admit(name, peer);
-    const described = await this.#provider.describe(name, peer, contexts, access);
+    const described = await this.#provider.describe(name, peer, contexts, { ...context, ...access });
     const geometry = this.#withoutHidden(described.geometry, subject, peer);
     return { ...described, geometry: access.isReadOnly ? readOnly(geometry) : geometry };
   }

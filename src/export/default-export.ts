@@ -25,10 +25,10 @@ export class ExportsWithDefault implements ExportProvider {
 
   list: ExportProvider['list'] = (peer) => this.#provider.list(peer);
 
-  describe: ExportProvider['describe'] = (name, peer, contexts) =>
+  describe: ExportProvider['describe'] = (name, peer, contexts, context) =>
     this.#isUnnamed(name, peer)
-      ? this.#default((real) => this.#provider.describe(real, peer, contexts))
-      : this.#provider.describe(name, peer, contexts);
+      ? this.#default((real) => this.#provider.describe(real, peer, contexts, context))
+      : this.#provider.describe(name, peer, contexts, context);
 
   open: ExportProvider['open'] = (name, peer, context) =>
     this.#isUnnamed(name, peer)

@@ -102,7 +102,7 @@ export class VdiExports implements ExportProvider {
     exportName: string,
     peer: Peer,
     contexts: readonly string[] = [],
-    access: PeerAccess = {},
+    access: PeerAccess & Partial<OpenContext> = {},
   ): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
       const { name, run } = parseUnfinishedExport(exportName, peer);

@@ -58,11 +58,11 @@ export class ClientExport {
     this.countedAs = undefined;
   }
 
-  /** The connection of `peer` is over, or continues as another peer under TLS. */
-  left(peer: Peer): void {
+  /** The connection of `peer` is over, or continues as another peer under TLS. Never fails: an error is reported. */
+  async left(peer: Peer): Promise<void> {
     this.refused = undefined;
     try {
-      this.#provider.left?.(peer);
+      await this.#provider.left?.(peer);
     } catch (error) {
       this.unexpected(error);
     }

@@ -7,12 +7,20 @@
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
-import type { ServerTls } from '../protocol/tls.js';
+import type { ServerTls, TlsMode } from '../protocol/tls.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
 import { ConnectionLoop } from './connection-loop.js';
 import { limitsFrom, type Limits } from './limits.js';
-import { bindListener, ListenError, peerOf, type BoundAddress, type ListenOptions } from './listening.js';
+import {
+  bindListener,
+  ListenError,
+  listenPlace,
+  peerOf,
+  type BoundAddress,
+  type ListenOptions,
+  type ListenTarget,
+} from './listening.js';
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { Offenders } from './offenders.js';
@@ -61,6 +69,7 @@ export class NbdServer {
   readonly #observer: ServerObserver;
   readonly #peerCredentials: ServerOptions['peerCredentials'];
   readonly #prepareSocket: ServerOptions['prepareSocket'];
+  readonly #tlsMode: TlsMode | undefined;
   readonly #admission: Admission;
   /** Open connections that were handed over. */
   #internalCount = 0;
@@ -78,6 +87,7 @@ export class NbdServer {
   constructor(options: ServerOptions) {
     const { provider, observer = {}, tls } = options;
     this.#observer = observer;
+    this.#tlsMode = tls?.mode;
     this.#limits = limitsFrom(options.limits);
     this.#admission = new Admission(this.#limits);
     const offenders = new Offenders(this.#limits.maxViolationDelayMs);
@@ -108,10 +118,15 @@ export class NbdServer {
 
   /**
    * Listen at an address; may be called several times. A stale socket file is replaced; a socket that a process listens on, and
-   * any other kind of file, is not.
-   * Errors: ListenError.
+   * any other kind of file, is not. An `nbds` URI is for a server that requires TLS of every client (`tls.mode`).
+   * Errors: ListenError; TypeError and RangeError for what is not an address.
    */
-  async listen(options: ListenOptions): Promise<BoundAddress> {
+  async listen(where: ListenTarget): Promise<BoundAddress> {
+    const { options, uri } = listenPlace(where);
+    if (uri?.tls === true && this.#tlsMode !== 'require') {
+      const mode = this.#tlsMode === undefined ? 'it has no option tls' : `its tls.mode is '${this.#tlsMode}'`;
+      throw new ListenError('FAILED', `a server for nbds requires TLS, and ${mode}; give tls with the mode 'require'`);
+    }
     this.#mustBeOpen('the server is closed');
     // Half-open: a client that has sent its last request and closed its side still gets its answers.
     const listener = net.createServer({
@@ -155,7 +170,10 @@ export class NbdServer {
    * @param options.head bytes that were already read from it
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
-  serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
+  serveConnection(
+    socket: Duplex,
+    options: { readonly peer?: Peer; readonly head?: Uint8Array } = {},
+  ): number | undefined {
     const { head } = options;
     const peer = options.peer ?? { transport: 'internal', address: `connection ${this.#nextId}` };
     return this.#letIn(socket, peer, (about) => this.#here.serveStream({ ...about, socket, head }));
@@ -308,6 +326,11 @@ export class NbdServer {
   close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
     this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
     return this.#closing;
+  }
+
+  /** `await using server = …`: the server is closed where its block ends. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
   }
 
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
