@@ -103,12 +103,12 @@ function fieldProblem(fields: Readonly<Record<string, unknown>>): string | undef
 /** What `geometry` announces and `device` cannot do; undefined if nothing. */
 function missing(device: AnyDevice, geometry: Geometry): string | undefined {
   const { readOnly, canFlush, canTrim, canZero, canCache, contexts } = geometry;
-  const { write, flush, zero, trim, cache, extents } = device;
-  if (!readOnly && write === undefined) return 'it is not readOnly, and has no method write';
-  if (canFlush && flush === undefined) return 'canFlush without a method flush';
-  if (canTrim && trim === undefined) return 'canTrim without a method trim';
-  if (canZero && zero === undefined && write === undefined) return 'canZero without a method zero or write';
-  if (canCache && cache === undefined) return 'canCache without a method cache';
-  if (contexts.length > 0 && extents === undefined) return 'contexts without a method extents';
+  const has = (name: (typeof OPTIONAL_METHODS)[number]): boolean => device[name] !== undefined;
+  if (!readOnly && !has('write')) return 'it is not readOnly, and has no method write';
+  if (canFlush && !has('flush')) return 'canFlush without a method flush';
+  if (canTrim && !has('trim')) return 'canTrim without a method trim';
+  if (canZero && !has('zero') && !has('write')) return 'canZero without a method zero or write';
+  if (canCache && !has('cache')) return 'canCache without a method cache';
+  if (contexts.length > 0 && !has('extents')) return 'contexts without a method extents';
   return undefined;
 }

@@ -40,7 +40,7 @@ export type {
 } from './server/serving-loop.js';
 export { HandOverError, STATE_VERSION } from './server/negotiated-state.js';
 export type { NegotiatedState } from './server/negotiated-state.js';
-export type { ServerOptions } from './server/server.js';
+export type { ServerOptions, Unfinished } from './server/server.js';
 export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './server/limits.js';
 export type { Limits } from './server/limits.js';
 export type { Occupant } from './server/admission.js';

@@ -74,7 +74,7 @@ export class DeviceServer extends NbdServer {
   readonly #requiresTls: boolean;
   #bound: BoundAddress | undefined;
   #host: string | undefined;
-  #ended: Promise<void> | undefined;
+  #ended: ReturnType<NbdServer['close']> | undefined;
 
   /** Use `serve`. */
   constructor(provider: OneExport, options: Omit<ServerOptions, 'provider'>, exportName: string, uri?: NbdUri) {
@@ -130,7 +130,7 @@ export class DeviceServer extends NbdServer {
    * Close the server as NbdServer does, then the device, if no request of it is left; else the device is closed when its last
    * request has finished. Errors: those of the device's `close`.
    */
-  override close(options?: Parameters<NbdServer['close']>[0]): Promise<void> {
+  override close(options?: Parameters<NbdServer['close']>[0]): ReturnType<NbdServer['close']> {
     this.#ended ??= this.#end(super.close(options));
     return this.#ended;
   }
@@ -144,9 +144,9 @@ export class DeviceServer extends NbdServer {
     });
   }
 
-  async #end(closing: Promise<void>): Promise<void> {
+  async #end(closing: ReturnType<NbdServer['close']>): ReturnType<NbdServer['close']> {
     try {
-      await closing;
+      return await closing;
     } finally {
       await this.#provider.end();
     }

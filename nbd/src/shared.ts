@@ -101,7 +101,7 @@ class SharedDevice {
         },
         fail: (error) => {
           signal?.removeEventListener('abort', stopWaiting);
-          reject(error as Error);
+          reject(error);
         },
       };
       if (signal?.aborted === true) reject(signal.reason as Error);

@@ -9,6 +9,7 @@ import {
   createServer,
   ExportError,
   NbdClient,
+  shared,
   type CreateServerOptions,
   type Device,
   type ExportRequest,
@@ -227,6 +228,36 @@ test('a device that is opened for a description after the client has left is clo
   expect(disks.events).toEqual(['open a1', 'close a1 disconnect']);
 });
 
+test('`exports` gets the id of the connection, and a signal that is aborted when the client has gone', async () => {
+  const disks = new Disks();
+  const { server, client } = await started({ exports: disks.open });
+  const asking = await client();
+  await asking.info('a');
+  const [id] = server.connections.keys();
+  const [request] = disks.requests;
+  expect(request).toMatchObject({ id, peer: { transport: 'unix' } });
+  expect(request?.signal.aborted).toBe(false);
+  asking.destroy();
+  await until(() => request?.signal.aborted === true, 'it is aborted');
+});
+
+test('a shared device that is being opened is given up when its client leaves', async () => {
+  let signal: AbortSignal | undefined;
+  const { client } = await started({
+    exports: shared(async (_, about) => {
+      signal = about.signal;
+      await new Promise((resolve) => about.signal.addEventListener('abort', resolve));
+      throw about.signal.reason;
+    }),
+  });
+  const opening = await client();
+  const opened = opening.go('a').catch(() => undefined);
+  await until(() => signal !== undefined, 'it is being opened');
+  opening.destroy();
+  await opened;
+  await until(() => signal?.aborted === true, 'the opening is aborted');
+});
+
 test('without a list clients are told so, and can open what they name', async () => {
   const { uri } = await started({
     exports: (name, request) => (name === 'a' ? new Disks().open(name, request) : null),
@@ -276,7 +307,7 @@ test('wrong options are refused at once, wrong lists of functions reported', asy
   );
   expect(created({ exports, list: ['a', 5] })).toThrow('list has a number, which is neither a name');
   expect(created({ exports, list: [{ name: 5 }] })).toThrow(TypeError);
-  const { client, reported } = await started({ exports, list: () => 'abc' as unknown as string[] });
+  const { client, reported } = await started({ exports, list: () => 'abc' });
   await expect((await client()).list()).rejects.toThrow('internal error');
   expect(reported).toMatchObject([{ message: 'list is a string, not an array or another iterable of names' }]);
 });

@@ -5,6 +5,7 @@ import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
 import { LoopShare } from '../src/server/loop-share.js';
 import { CMD } from '../src/protocol/wire.js';
+import { ClientSignal } from '../src/server/client-signal.js';
 import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { TestExport, TestProvider } from './test-device.js';
@@ -19,7 +20,7 @@ test('a payload that has to wait in the middle is written as it was sent', async
   const transmission = new Transmission(
     {
       ...{ id: 1, exportName: 'disk', socket: new PassThrough(), pool: new BufferPool(DEFAULT_LIMITS.maxMemoryBytes) },
-      ...{ loop, limits: DEFAULT_LIMITS, observer: {} },
+      ...{ loop, limits: DEFAULT_LIMITS, observer: {}, clientSignal: new ClientSignal() },
       disconnectRequested: () => undefined,
       protocolViolated: (reason) => expect.unreachable(reason),
     },

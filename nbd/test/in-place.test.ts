@@ -5,6 +5,7 @@ import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
 import { LoopShare } from '../src/server/loop-share.js';
 import { CMD } from '../src/protocol/wire.js';
+import { ClientSignal } from '../src/server/client-signal.js';
 import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
@@ -112,7 +113,15 @@ async function transmissionOf(exported: TestExport) {
   const loop = new LoopShare();
   const socket = new Duplex({ read: () => undefined, write: (_chunk, _encoding, done) => done() });
   const host = {
-    ...{ id: 1, exportName: 'disk', socket, loop, observer: {}, limits: DEFAULT_LIMITS },
+    ...{
+      id: 1,
+      exportName: 'disk',
+      socket,
+      loop,
+      observer: {},
+      limits: DEFAULT_LIMITS,
+      clientSignal: new ClientSignal(),
+    },
     pool: new BufferPool(2 ** 28),
     disconnectRequested: () => undefined,
     protocolViolated: (reason: string) => expect.fail(reason),

@@ -381,7 +381,7 @@ describe('refused at once, in one line', () => {
   });
 
   const places: readonly (readonly [unknown, RegExp])[] = [
-    [undefined, /cannot listen on a undefined: give an NBD URI, \{ path \}/],
+    [undefined, /cannot listen on undefined: give an NBD URI, \{ path \}/],
     [10809, /cannot listen on a number/],
     [null, /cannot listen on null/],
     [{}, /an object without any of path, port, fd/],

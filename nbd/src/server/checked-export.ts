@@ -33,7 +33,7 @@ export async function describeExport(
   name: string,
   contexts?: readonly string[],
 ): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
-  const asked = host.provider.describe(name, host.peer, contexts);
+  const asked = host.export.describe(name, host.peer, contexts);
   const { geometry, info } = await host.clock.during(`described the export ${JSON.stringify(name)}`, asked);
   return { geometry: checkedGeometry(name, geometry), info };
 }

@@ -13,6 +13,7 @@ import type { ConnectionOptions, LoopResources } from './connection-options.js';
 import { Connection } from './connection.js';
 import { HeldSockets } from './held-sockets.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
+import { Leftovers } from './leftovers.js';
 import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
 import { LoopShare } from './loop-share.js';
 import { LoopTime } from './loop-time.js';
@@ -68,6 +69,7 @@ export class ConnectionLoop implements ServingLoop {
       time: new LoopTime(),
       offenders: options.offenders ?? new Offenders(limits.maxViolationDelayMs),
       heldSockets: new HeldSockets(),
+      leftovers: new Leftovers(),
     };
     const { pool, time } = this.#resources;
     this.#stallWatch = new StallWatch(() => this.#connections, pool, limits, time);

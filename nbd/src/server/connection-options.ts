@@ -1,24 +1,20 @@
 /** What a connection is given: what all connections of its event loop share, and what is its own. */
 
 import type { Duplex } from 'node:stream';
-import type { ExportProvider, Peer } from '../block-device.js';
+import type { Peer } from '../block-device.js';
 import type { ServerTls } from '../protocol/tls.js';
 import type { BufferPool } from './buffer-pool.js';
+import type { ExportResources } from './client-export.js';
 import type { HeldSockets } from './held-sockets.js';
 import type { InPlaceSocket } from './in-place-socket.js';
-import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
 import type { NegotiatedState } from './negotiated-state.js';
-import type { ServerObserver } from './observer.js';
 import type { OffenderCounts } from './offenders.js';
 import type { Progress } from './serving-loop.js';
 
 /** What all connections of an event loop share. */
-export interface LoopResources {
-  readonly provider: ExportProvider;
-  readonly limits: Limits;
-  readonly observer: ServerObserver;
+export interface LoopResources extends ExportResources {
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly time: LoopTime;

@@ -10,6 +10,7 @@ import { ByteReader } from '../protocol/byte-reader.js';
 import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ClientExport } from './client-export.js';
+import { ClientSignal } from './client-signal.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
 import { HandOver, type HandOverHost } from './hand-over.js';
 import { HandshakeClock } from './handshake-clock.js';
@@ -29,6 +30,8 @@ import type { Watched } from './stall-watch.js';
 import type { TransmissionHost } from './transmission-host.js';
 import { Transmission } from './transmission.js';
 import { Violations } from './violations.js';
+
+const VANISHED = 'the client vanished';
 
 export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, HandOverHost, Watched {
   readonly id: number;
@@ -75,6 +78,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly #state: NegotiatedState | undefined;
   #isCrowdedOut = false;
   readonly #violations: Violations;
+  readonly #clientSignal = new ClientSignal();
 
   constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
@@ -82,7 +86,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket = options.socket;
     this.transport = options.socket;
     this.provider = shared.provider;
-    this.export = new ClientExport(options.id, shared.provider, shared.observer);
+    this.export = new ClientExport(options.id, this.#clientSignal, shared);
+    this.export.onStuckClose = () => this.#progress?.left?.();
     this.limits = shared.limits;
     this.observer = shared.observer;
     this.pool = shared.pool;
@@ -98,7 +103,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     // connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
-    this.clock = new HandshakeClock(this.limits, this.#time, (reason) => this.abort(reason));
+    this.clock = new HandshakeClock(this.limits, this.#time, (reason) => {
+      this.export.giveUp();
+      this.abort(reason);
+    });
     this.#socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
@@ -157,6 +165,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return transmission.payloadBytes + (bytesTakenBySystem(this.transport) ?? transmission.takenBytes);
   }
 
+  get clientSignal(): ClientSignal {
+    return this.#clientSignal;
+  }
+
   get waitsForClient(): boolean {
     return this.transmission?.waitsForClient ?? false;
   }
@@ -188,13 +200,12 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   abort(reason: string): void {
     this.#reason ??= reason;
     this.#isClosing = true;
+    this.#clientSignal.abort(reason);
     this.reader.fail(new Error(reason));
     this.socket.destroy();
   }
 
-  /**
-   * Close the socket now, and execute nothing more of what was received; see `over`. Must not be called from inside a request.
-   */
+  /** Close the socket now, and execute nothing more of what was received; see `over`. */
   disconnect(reason: string): void {
     this.transmission?.stopListening();
     this.abort(reason);
@@ -302,6 +313,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     if (!this.#heldSockets.hold(this.socket, delayMs)) return false;
     this.#isClosing = true;
     this.stopReading();
+    this.#clientSignal.abort(this.#reason);
     this.#violations.condemn();
     return true;
   }
@@ -325,6 +337,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     }
     await Promise.race([this.#socketGone, this.#violations.condemned]);
     await this.#requestsFinished();
+    // At the latest: what the device does beside its requests ends before it is closed.
+    this.#clientSignal.abortNow(this.#reason ?? VANISHED);
     const { exportName } = this;
     const { refused } = this.export;
     await this.export.close(this.#ending);
@@ -334,7 +348,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
       peer: this.peer,
       exportName,
       refused: exportName === undefined ? refused : undefined,
-      reason: this.#reason ?? 'the client vanished',
+      reason: this.#reason ?? VANISHED,
       violations: this.#violations.count,
       isCrowdedOut: this.#isCrowdedOut,
       bytesRead: this.bytesRead,
@@ -426,14 +440,20 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
 
   readonly #onEnd = (): void => {
     this.#progress?.leaving();
+    const { lingerMs } = this.limits;
     if (this.transmission === undefined) {
-      this.reader.fail(new Error(this.export.whyLeft ?? 'the client left during the handshake'));
+      const reason = this.export.whyLeft ?? 'the client left during the handshake';
+      this.reader.fail(new Error(reason));
       this.#endIfNothingIsTaken();
+      this.#clientSignal.abortAfter(lingerMs, reason);
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
-    // The client may still read: the requests received so far are finished and answered.
-    this.#endWhenIdle(`the client left ${where}`);
+    const reason = `the client left ${where}`;
+    // The client may still read: the requests received so far are finished and answered. But usually it was killed, which looks
+    // the same, and work that takes long is done for nobody.
+    if (this.#ending !== 'disconnect') this.#clientSignal.abortAfter(lingerMs, reason);
+    this.#endWhenIdle(reason);
   };
 
   /**
@@ -459,7 +479,9 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly #onClose = (): void => {
     this.#isClosing = true;
     this.#idleClock?.stop();
-    this.reader.fail(new Error('the client vanished'));
+    this.reader.fail(new Error(VANISHED));
+    // "The server MUST handle all outstanding requests" of a client that has disconnected: their work is not given up.
+    if (this.#ending !== 'disconnect') this.#clientSignal.abort(this.#reason ?? VANISHED);
     this.transmission?.socketClosed();
   };
 }

@@ -48,6 +48,7 @@ export class Dispatch {
   readonly #spare: PendingRequest[] = [];
 
   readonly #device: ServedDevice;
+  readonly #signal: AbortSignal;
   readonly #memory: ReceiveMemory;
   readonly #inFlight: RequestsInFlight;
   readonly #replies: ReplyQueue;
@@ -56,6 +57,7 @@ export class Dispatch {
 
   constructor(
     device: ServedDevice,
+    signal: AbortSignal,
     memory: ReceiveMemory,
     inFlight: RequestsInFlight,
     replies: ReplyQueue,
@@ -63,6 +65,7 @@ export class Dispatch {
     statuses: StatusRequests,
   ) {
     this.#device = device;
+    this.#signal = signal;
     this.#memory = memory;
     this.#inFlight = inFlight;
     this.#replies = replies;
@@ -73,6 +76,7 @@ export class Dispatch {
   /** Call the device. `data` is a write's payload, `block` its pooled memory, if any. */
   execute(request: Request, data: Buffer | undefined, block: Block | undefined): void {
     const device = this.#device;
+    const signal = this.#signal;
     const inFlight = this.#inFlight;
     const { type, flags, offset, length } = request;
     const fua = (flags & CMD_FLAG.FUA) !== 0;
@@ -81,23 +85,23 @@ export class Dispatch {
       switch (type) {
         case CMD.READ:
           if (this.#sparseReads.areAllowed && this.#sparseReads.begin(request)) return;
-          answer = device.read(offset, this.#replies.beginRead(length));
+          answer = device.read(offset, this.#replies.beginRead(length), signal);
           break;
         case CMD.WRITE:
           if (data === undefined) throw new Error('dispatch: a write without its payload');
-          answer = device.write(offset, data, fua);
+          answer = device.write(offset, data, fua, signal);
           break;
         case CMD.FLUSH:
-          answer = device.flush();
+          answer = device.flush(signal);
           break;
         case CMD.TRIM:
-          answer = device.trim(offset, length, fua);
+          answer = device.trim(offset, length, fua, signal);
           break;
         case CMD.WRITE_ZEROES:
-          answer = device.zero(offset, length, zeroMode(flags));
+          answer = device.zero(offset, length, zeroMode(flags), signal);
           break;
         case CMD.CACHE:
-          answer = device.cache(offset, length);
+          answer = device.cache(offset, length, signal);
           break;
         case CMD.BLOCK_STATUS:
           this.#statuses.begin(request);

@@ -3,8 +3,11 @@
  * never for waiting for the server; and the server's own work is limited too. It owns one timer, by a clock that nobody
  * sets and that stands still while the server cannot receive (LoopTime).
  */
+import { ExportError } from '../block-device.js';
 import type { Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
+import { isPromise } from './requests-in-flight.js';
+import { LONGEST_TIMER_MS } from './timers.js';
 
 export class HandshakeClock {
   readonly #limits: Limits;
@@ -21,6 +24,8 @@ export class HandshakeClock {
   /** ... and what it does now, and since when. */
   #doing: string | undefined;
   #doingSince = 0;
+  /** Called when it takes too long. */
+  #giveUp: (error: Error) => void = () => undefined;
   #timer: NodeJS.Timeout | undefined;
   #isStopped = false;
 
@@ -46,14 +51,20 @@ export class HandshakeClock {
     this.#shortLeftMs = Math.max(this.#shortLeftMs, count * SHORT_MS);
   }
 
-  /** The time of `work` is the server's; `doing` names it in the reason if it takes too long. */
+  /**
+   * The time of `work` is the server's; `doing` names it in the reason if it takes too long. Then it is not waited for any more,
+   * and its result is discarded. Errors: those of the work; ExportError FAILED: it takes too long.
+   */
   async during<T>(doing: string, work: T | Promise<T>): Promise<T> {
-    if (!(work instanceof Promise)) return work;
+    if (!isPromise(work)) return work;
     this.#doing = doing;
     this.#doingSince = this.#time.now();
     this.#wait();
+    const timeUp = new Promise<never>((_, reject) => {
+      this.#giveUp = reject;
+    });
     try {
-      return await work;
+      return await Promise.race([work, timeUp]);
     } finally {
       this.#doing = undefined;
       const took = this.#time.now() - this.#doingSince;
@@ -76,7 +87,8 @@ export class HandshakeClock {
     // It looks again when it is due, instead of being restarted by every option.
     if (this.#isStopped) return;
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#look(), Math.max(1, Math.ceil(this.#left())));
+    const ms = Math.max(1, Math.ceil(this.#left()));
+    this.#timer = setTimeout(() => this.#look(), Math.min(ms, LONGEST_TIMER_MS));
   }
 
   #look(): void {
@@ -87,7 +99,9 @@ export class HandshakeClock {
     this.#isStopped = true;
     const { handshakeTimeoutMs, openTimeoutMs } = this.#limits;
     if (this.#doing !== undefined) {
-      this.#onOver(`the server has not ${this.#doing} within ${openTimeoutMs} ms`);
+      const reason = `the server has not ${this.#doing} within ${openTimeoutMs} ms`;
+      this.#onOver(reason);
+      this.#giveUp(new ExportError('FAILED', reason));
       return;
     }
     // Silence counts since the last option; the whole handshake since accept, without the server's time.

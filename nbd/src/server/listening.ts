@@ -61,8 +61,9 @@ const MAX_MODE = 0o777;
  */
 export function listenPlace(target: ListenTarget): { readonly options: ListenOptions; readonly uri?: NbdUri } {
   if (typeof target === 'string') return uriPlace(parseNbdUri(target));
-  if (typeof target !== 'object' || (target as unknown) === null) {
-    throw new TypeError(`cannot listen on ${target === null ? 'null' : `a ${typeof target}`}: ${PLACES}`);
+  const any: unknown = target;
+  if (typeof any !== 'object' || any === null) {
+    throw new TypeError(`cannot listen on ${any === null || any === undefined ? any : `a ${typeof any}`}: ${PLACES}`);
   }
   if ('exportName' in target) return uriPlace(target);
   const given = ['path', 'port', 'fd'].filter((name) => (target as Record<string, unknown>)[name] !== undefined);
@@ -82,13 +83,14 @@ function uriPlace(uri: NbdUri): { readonly options: ListenOptions; readonly uri:
   return { options: checkedOptions({ host, port: uri.port }), uri };
 }
 
+/** One of `path`, `port` and `fd` is there, of whatever type. */
 function checkedOptions(options: ListenOptions): ListenOptions {
-  if ('fd' in options && options.fd !== undefined) {
-    if (isIntegerUpTo(options.fd, 0x7fff_ffff)) return options;
-    throw new RangeError(`cannot listen on descriptor ${String(options.fd)}: it is not a descriptor's number`);
+  const { path, mode, port, host = LOOPBACK, fd } = options as Readonly<Record<string, unknown>>;
+  if (fd !== undefined) {
+    if (isIntegerUpTo(fd, 0x7fff_ffff)) return { ...options, fd };
+    throw new RangeError(`cannot listen on descriptor ${JSON.stringify(fd)}: it is not a descriptor's number`);
   }
-  if ('port' in options && options.port !== undefined) {
-    const { port, host = LOOPBACK } = options;
+  if (port !== undefined) {
     if (!isIntegerUpTo(port, 65535)) {
       throw new RangeError(`cannot listen on port ${JSON.stringify(port)}: it is not a number from 0 to 65535`);
     }
@@ -96,7 +98,6 @@ function checkedOptions(options: ListenOptions): ListenOptions {
     if (typeof host === 'string' && host !== '') return { host, port };
     throw new TypeError('cannot listen on an empty host: leave it out for this machine alone, or give "::" for all');
   }
-  const { path, mode } = options as { path: string; mode?: number };
   if (typeof path !== 'string' || path === '') throw new TypeError('cannot listen on an empty path');
   if (mode !== undefined && !isIntegerUpTo(mode, MAX_MODE)) {
     throw new RangeError(`cannot listen on ${path}: mode ${JSON.stringify(mode)} is not a number from 0 to 0o777`);
@@ -110,8 +111,8 @@ function absolute(path: string): string {
   return socketPathProblem(whole) === undefined ? whole : path;
 }
 
-function isIntegerUpTo(value: unknown, most: number): boolean {
-  return Number.isInteger(value) && (value as number) >= 0 && (value as number) <= most;
+function isIntegerUpTo(value: unknown, most: number): value is number {
+  return typeof value === 'number' && Number.isInteger(value) && value >= 0 && value <= most;
 }
 
 /**

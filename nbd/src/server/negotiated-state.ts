@@ -84,7 +84,7 @@ async function missingContext(
 ): Promise<string | undefined> {
   const names = negotiated.metaContexts.map(({ name }) => name);
   if (names.length === 0) return undefined;
-  const described = host.provider.describe(exportName, host.peer, names);
+  const described = host.export.describe(exportName, host.peer, names);
   const { geometry } = await host.clock.during(`described the export ${JSON.stringify(exportName)}`, described);
   const missing = names.find((name) => geometry.contexts?.includes(name) !== true);
   return missing === undefined ? undefined : `it no longer has the meta context ${missing}`;

@@ -112,7 +112,8 @@ export class RequestParser {
     let at = 0;
     // Requests that the device answers at once count as well, until others have had their turn.
     let requestsLeft = this.#host.limits.maxInFlightRequests;
-    while (at < end) {
+    // A device or an observer may close the connection from inside a request.
+    while (at < end && !this.isDeaf) {
       if (payload.left > 0) {
         const taken = payload.copyFrom(chunk, at);
         at += taken;

@@ -8,6 +8,8 @@ import { CMD_FLAG, NBD_ERRNO } from '../protocol/wire.js';
 import type { Failure } from './reply-queue.js';
 import type { TransmissionHost } from './transmission-host.js';
 
+const GIVEN_UP: Failure = Object.freeze({ errno: NBD_ERRNO.EIO, message: 'the client seemed to be gone' });
+
 export class RequestsInFlight {
   count = 0;
   /** Bytes of memory that they hold: data read or written, extents of block statuses. */
@@ -43,6 +45,8 @@ export class RequestsInFlight {
     error: unknown,
     asked: { readonly flags: number; readonly offset: number; readonly length: number },
   ): Failure {
+    // Work that is given up for a client that is gone is no error, and nobody gets the answer.
+    if (this.#host.clientSignal.isCauseOf(error)) return GIVEN_UP;
     if (!(error instanceof DeviceError)) {
       this.#host.observer.onDeviceError?.(error, { id: this.#host.id, exportName: this.#host.exportName });
       return { errno: NBD_ERRNO.EIO, message: 'internal error of the export' };

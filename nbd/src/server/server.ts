@@ -25,6 +25,7 @@ import { HandOverError, type NegotiatedState } from './negotiated-state.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
+import { unlessAborted, within } from './timers.js';
 
 /** What a server serves, and how. Only the provider is required. */
 export interface ServerOptions {
@@ -52,13 +53,19 @@ export interface ServerOptions {
   readonly loops?: readonly ServingLoop[];
 }
 
+/** What is left when an orderly end does not wait any longer. */
+export interface Unfinished {
+  /**
+   * Connections that are not over, as they were at this moment: of clients that are still there, or whose devices have not
+   * finished their requests (`inFlight`) or their close.
+   */
+  readonly unfinished: readonly ConnectionInfo[];
+}
+
 /** How long close() waits for requests in flight by default, milliseconds. */
 export const DEFAULT_GRACE_MS = 10_000;
 /** After the grace sockets are closed; devices get this long to finish their last requests, milliseconds. */
 const FORCED_CLOSE_WAIT_MS = 1_000;
-
-/** The progress of a connection that no listener accepted: the program that hands it over counts it. */
-const NO_PLACE: Progress = { advanced: () => undefined, settled: () => undefined, leaving: () => undefined };
 
 /**
  * An NBD server: it listens, admits connections, has them served by its event loops, and closes them in order. It may listen at
@@ -80,8 +87,9 @@ export class NbdServer {
   readonly #listeners = new Set<net.Server>();
   readonly #open = new Map<number, ServedConnection>();
   #nextId = 1;
-  #isClosed = false;
-  #closing: Promise<void> | undefined;
+  /** Why no further connection is accepted; undefined: they are. */
+  #whyClosed: 'the server is draining' | 'the server is closed' | undefined;
+  #closing: Promise<Unfinished> | undefined;
 
   /** Errors: RangeError (a limit is invalid, or too little memory for so many loops). */
   constructor(options: ServerOptions) {
@@ -127,7 +135,7 @@ export class NbdServer {
       const mode = this.#tlsMode === undefined ? 'it has no option tls' : `its tls.mode is '${this.#tlsMode}'`;
       throw new ListenError('FAILED', `a server for nbds requires TLS, and ${mode}; give tls with the mode 'require'`);
     }
-    this.#mustBeOpen('the server is closed');
+    this.#mustBeOpen();
     // Half-open: a client that has sent its last request and closed its side still gets its answers.
     const listener = net.createServer({
       allowHalfOpen: true,
@@ -142,7 +150,7 @@ export class NbdServer {
     listener.on('connection', (accepted) => this.#accepted(accepted, listener, options));
     const bound = await bindListener(listener, options);
     try {
-      this.#mustBeOpen('the server was closed while it began to listen');
+      this.#mustBeOpen();
     } catch (error) {
       listener.close();
       throw error;
@@ -153,8 +161,9 @@ export class NbdServer {
     return bound;
   }
 
-  #mustBeOpen(message: string): void {
-    if (this.#isClosed) throw new ListenError('CLOSED', message);
+  /** Errors: ListenError CLOSED. */
+  #mustBeOpen(): void {
+    if (this.#whyClosed !== undefined) throw new ListenError('CLOSED', this.#whyClosed);
   }
 
   #accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {
@@ -221,14 +230,32 @@ export class NbdServer {
   /**
    * Close a connection at once. When this resolves its device is closed: nothing that was received over it is in flight, and
    * nothing more will be executed. The client gets no reason; a client that reconnects automatically does so at once.
+   *
+   * A device that does not finish a request delays this for as long. `signal` ends the wait, for example
+   * AbortSignal.timeout(5000); the connection is closed all the same, and stays in `connections` until its device is.
    * @returns false if there is no such connection
+   * Errors: the reason of `signal`, if that is aborted before.
    */
-  async disconnect(id: number, reason: string): Promise<boolean> {
+  async disconnect(id: number, reason: string, options: { readonly signal?: AbortSignal } = {}): Promise<boolean> {
     const connection = this.#open.get(id);
     if (connection === undefined) return false;
     connection.disconnect(reason);
-    await connection.over;
+    await unlessAborted(connection.over, options.signal);
     return true;
+  }
+
+  /**
+   * Close all connections of an export, by its own name (`exportName` in `connections`), as `disconnect` closes one. When this
+   * resolves their devices are closed. The export can still be opened, also while this waits: to prevent that, the provider
+   * must refuse it first. Connections that are just opening it are not closed.
+   * @returns how many there were
+   * Errors: the reason of `signal`, if that is aborted before; the connections are closed all the same.
+   */
+  async closeExport(name: string, reason: string, options: { readonly signal?: AbortSignal } = {}): Promise<number> {
+    const connections = [...this.#open.values()].filter(({ exportName }) => exportName === name);
+    for (const connection of connections) connection.disconnect(reason);
+    await unlessAborted(Promise.all(connections.map(({ over }) => over)), options.signal);
+    return connections.length;
   }
 
   /**
@@ -264,15 +291,14 @@ export class NbdServer {
       return undefined;
     }
     const id = this.#nextId++;
-    const connection = serve({ id, peer, progress: place ?? NO_PLACE, offender });
+    const progress = place ?? this.#internalProgress();
+    const connection = serve({ id, peer, progress, offender });
     this.#open.set(id, connection);
-    if (place === undefined) this.#internalCount++;
-    else place.occupant = connection;
+    if (place !== undefined) place.occupant = connection;
     if (loop !== undefined) this.#count(loop, 1);
     void connection.over.then(() => {
       this.#open.delete(id);
-      if (place === undefined) this.#internalCount--;
-      else place.left();
+      progress.left?.();
       if (loop !== undefined) this.#count(loop, -1);
     });
     return id;
@@ -284,11 +310,26 @@ export class NbdServer {
    */
   #placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
     const { maxConnections } = this.#limits;
-    if (this.#isClosed) return 'the server is closed';
+    if (this.#whyClosed !== undefined) return this.#whyClosed;
     if (key !== undefined) return this.#admission.enter(key, peer.transport);
     // Connections of listeners do not count: clients from outside must not use up the room of internal ones.
     if (this.#internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
     return undefined;
+  }
+
+  /** The progress of a connection that no listener accepted: it only counts, and the program that hands it over decides. */
+  #internalProgress(): Progress {
+    let isCounted = true;
+    this.#internalCount++;
+    return {
+      advanced: () => undefined,
+      settled: () => undefined,
+      leaving: () => undefined,
+      left: () => {
+        if (isCounted) this.#internalCount--;
+        isCounted = false;
+      },
+    };
   }
 
   /** The loop with the fewest connections. */
@@ -317,57 +358,92 @@ export class NbdServer {
 
   /**
    * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every connection is
-   * over and its device closed. After `graceMs` milliseconds the remaining sockets are closed; then only a device that never
-   * finishes a request can be left (`connections` shows which).
+   * over and its device closed. After `graceMs` milliseconds (Infinity: never) the remaining sockets are closed, and the signals
+   * of their devices aborted; devices get one more second. What is `unfinished` then waits for its device; it is also reported
+   * to the observer.
    *
    * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
    * unanswered requests, but report ESHUTDOWN as an I/O error.
    */
-  close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
+  close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<Unfinished> {
     this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
     return this.#closing;
   }
 
-  /** `await using server = …`: the server is closed where its block ends. */
-  [Symbol.asyncDispose](): Promise<void> {
+  /**
+   * Stop accepting, and let the present clients work until they leave; then close. A client may stay for days, and is told
+   * nothing: NBD has no message for it. `close`, also while this waits, ends those that are left.
+   *
+   * Resolves when all connections are over and their devices closed; after `timeoutMs` milliseconds in any case, with those
+   * that are left as `unfinished`: they continue to be served.
+   * Errors: the reason of `signal`, if that is aborted before; the server goes on draining.
+   */
+  async drain(options: { readonly timeoutMs?: number; readonly signal?: AbortSignal } = {}): Promise<Unfinished> {
+    this.#stopListening('the server is draining');
+    const { timeoutMs = Infinity, signal } = options;
+    if (!(await unlessAborted(within(timeoutMs, this.#allOver()), signal))) return this.#unfinished();
     return this.close();
+  }
+
+  /** `await using server = …`: the server is closed where its block ends. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
   }
 
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
-    this.#stopListening();
+    this.#stop();
     for (const connection of this.#open.values()) connection.abort('the server was stopped');
   }
 
-  async #shutDown(graceMs: number, refuse: boolean): Promise<void> {
-    this.#stopListening();
+  async #shutDown(graceMs: number, refuse: boolean): Promise<Unfinished> {
+    this.#stop();
     for (const connection of this.#open.values()) connection.shutdown({ refuse });
-    if (await within(graceMs, this.#allOver())) return;
+    if (await within(graceMs, this.#allOver())) return { unfinished: [] };
     this.destroy();
     await within(FORCED_CLOSE_WAIT_MS, this.#allOver());
+    const left = this.#unfinished();
+    this.#reportUnfinished(left);
+    return left;
   }
 
+  #reportUnfinished({ unfinished }: Unfinished): void {
+    for (const { id, exportName, inFlight } of unfinished) {
+      const waitsFor =
+        inFlight === 0 ? 'its export to open or close' : `${inFlight} requests that its device has not finished`;
+      this.#observer.onDeviceError?.(new Error(`the server was closed, but this connection waits for ${waitsFor}`), {
+        id,
+        exportName,
+      });
+    }
+  }
+
+  /** When all connections of this moment, and those that are accepted meanwhile, are over. */
   async #allOver(): Promise<void> {
-    await Promise.all(Array.from(this.#open.values(), (connection) => connection.over));
+    while (this.#open.size > 0) await Promise.all(Array.from(this.#open.values(), (connection) => connection.over));
   }
 
-  #stopListening(): void {
-    this.#isClosed = true;
+  #unfinished(): Unfinished {
+    return { unfinished: Array.from(this.#open.values(), stateOf) };
+  }
+
+  #stop(): void {
+    this.#stopListening('the server is closed');
     for (const loop of this.#allLoops()) loop.stop();
+  }
+
+  #stopListening(why: 'the server is draining' | 'the server is closed'): void {
+    if (this.#whyClosed !== 'the server is closed') this.#whyClosed = why;
     for (const listener of this.#listeners) listener.close();
     this.#listeners.clear();
   }
 }
 
-/** Whether `work` is done within `timeoutMs`. */
-async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> {
-  let timer: NodeJS.Timeout | undefined;
-  const timeout = new Promise<boolean>((resolve) => {
-    timer = setTimeout(() => resolve(false), timeoutMs);
-  });
-  const isDone = await Promise.race([work.then(() => true), timeout]);
-  clearTimeout(timer);
-  return isDone;
+/** A copy of what a connection says of itself. */
+function stateOf(connection: ConnectionInfo): ConnectionInfo {
+  const { id, peer, exportName, phase, hasEnded, openedAt, bytesRead, bytesWritten, requests, errors, inFlight } =
+    connection;
+  return { id, peer, exportName, phase, hasEnded, openedAt, bytesRead, bytesWritten, requests, errors, inFlight };
 }
 
 /** The key by which connections are counted: of a host, or a user. Undefined for internal peers, which no listener accepted. */

@@ -50,6 +50,11 @@ export interface Progress {
   settled(): void;
   /** The client has disconnected, or the server has finished with it. */
   leaving(): void;
+  /**
+   * Its client is gone, and it only waits for a device that does not answer: it no longer counts for any limit of connections,
+   * though it is not over. May be called again.
+   */
+  left?(): void;
 }
 
 /** Takes over a socket with its state; see NbdServer.handOver. */

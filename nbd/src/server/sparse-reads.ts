@@ -73,7 +73,7 @@ export class SparseReads {
     const plan = new ReadPlan(offset, length);
     let answer: Awaitable<void>;
     try {
-      answer = device.extents(ALLOCATION_CONTEXT, offset, length, plan.sink);
+      answer = device.extents(ALLOCATION_CONTEXT, offset, length, plan.sink, this.#host.clientSignal.signal);
     } catch (error) {
       this.#inFlight.failureOf(error, request);
       return false;
@@ -137,7 +137,9 @@ export class SparseReads {
   async #readParts(parts: readonly Part[], data: readonly Buffer[], flags: number): Promise<Failure | undefined> {
     const dataParts = parts.filter(({ isHole }) => !isHole);
     const results = await Promise.allSettled(
-      data.map(async (into, index) => this.#device.read(dataParts[index]?.offset ?? 0, into)),
+      data.map(async (into, index) =>
+        this.#device.read(dataParts[index]?.offset ?? 0, into, this.#host.clientSignal.signal),
+      ),
     );
     const failed = results.findIndex(({ status }) => status === 'rejected');
     const result = results[failed];

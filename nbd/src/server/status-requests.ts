@@ -139,7 +139,7 @@ export class StatusRequests {
           }
           const { name } = contexts[asked.next] as SelectedContext;
           collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
-          const answer = device.extents(name, offset, status.length, collector.sink);
+          const answer = device.extents(name, offset, status.length, collector.sink, this.#host.clientSignal.signal);
           if (answer !== undefined && isPromise(answer)) {
             asked.collector = collector;
             answer.then(asked.goOn, asked.fail);

@@ -2,6 +2,7 @@
 
 import type { Duplex } from 'node:stream';
 import type { BufferPool } from './buffer-pool.js';
+import type { ClientSignal } from './client-signal.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { ServerObserver } from './observer.js';
@@ -14,6 +15,8 @@ export interface TransmissionHost {
   readonly loop: LoopShare;
   readonly limits: Limits;
   readonly observer: ServerObserver;
+  /** Its signal goes to every method of the device. */
+  readonly clientSignal: ClientSignal;
   /** The client sent NBD_CMD_DISC: answer the requests in flight, then close. */
   disconnectRequested(): void;
   /** The client violated the protocol: close now. */

@@ -76,7 +76,7 @@ export class Transmission implements LoopTask {
     const replies = new ReplyQueue(socket, pool, account, encoder, () => this.#resume());
     const sparseReads = new SparseReads(host, device, rules, account, inFlight, encoder, replies);
     const statuses = new StatusRequests(host, device, rules, account, inFlight, replies, loopUser);
-    const dispatch = new Dispatch(device, memory, inFlight, replies, sparseReads, statuses);
+    const dispatch = new Dispatch(device, host.clientSignal.signal, memory, inFlight, replies, sparseReads, statuses);
     const backPressure = new BackPressure(host, account, memory, inFlight, replies, this);
     this.#parser = new RequestParser({
       ...{ host, rules, account, memory, payload, backPressure, inFlight, statuses, dispatch, replies, loopUser },
