@@ -62,15 +62,15 @@ export interface CreateServerOptions extends Omit<ServerOptions, 'provider'> {
  * Errors: TypeError (an option of the wrong type), RangeError (a limit is invalid).
  */
 export function createServer(options: CreateServerOptions): NbdServer {
-  const { exports: open, list, ...others } = options;
-  if (typeof open !== 'function') {
+  const { exports: given }: { readonly exports?: unknown } = options;
+  if (typeof given !== 'function') {
     throw new TypeError(
-      `createServer: exports is ${kindOf(open)}, not a function (name, { peer, id, signal }) => device`,
+      `createServer: exports is ${kindOf(given)}, not a function (name, { peer, id, signal }) => device`,
     );
   }
   // Called as a method, as it is written.
-  const provider = new FunctionExports((name, request) => options.exports(name, request), checkedList(list));
-  return new NbdServer({ ...others, provider });
+  const exports: CreateServerOptions['exports'] = (name, request) => options.exports(name, request);
+  return new NbdServer({ ...options, provider: new FunctionExports(exports, checkedList(options.list)) });
 }
 
 /** A device that was opened to be described, and is kept for an `open` that may follow. */

@@ -61,7 +61,7 @@ export function shared(...given: [OpenShared] | [string, OpenShared]): SharedDev
 /** A connection that waits for the device. */
 interface Waiting {
   give(device: CompleteDevice | null): void;
-  fail(error: unknown): void;
+  fail(error: Error): void;
 }
 
 /** The device of one name, from its first connection to its last. */
@@ -137,7 +137,7 @@ class SharedDevice {
       }
     } catch (error) {
       // Those who came after all others had left did not want it aborted: for them it is tried again.
-      if (!controller.signal.aborted) for (const waiting of this.#take()) waiting.fail(error);
+      if (!controller.signal.aborted) for (const waiting of this.#take()) waiting.fail(error as Error);
     }
     this.#controller = undefined;
     if (opened !== undefined && this.#waiting.size === 0) {
