@@ -17,7 +17,7 @@ import { DeviceHandle, sharedGeometry } from './device-handle.js';
 import { formatNbdUri, type NbdUri } from './protocol/uri.js';
 import { decodeString, MAX_STRING_BYTES } from './protocol/wire.js';
 import { listenPlace, type BoundAddress, type ListenOptions, type ListenTarget } from './server/listening.js';
-import { NbdServer, type ServerOptions } from './server/server.js';
+import { NbdServer, type ServerOptions, type Unfinished } from './server/server.js';
 
 type ServerTls = NonNullable<ServerOptions['tls']>;
 
@@ -58,25 +58,37 @@ export async function serve(where: ListenTarget, device: AnyDevice, options: Ser
   const { name, description = '', mode, tls, ...others } = options;
   const info = { name: nameFor(uri, name), description: text('description', description) };
   const provider = new OneExport(complete, sharedGeometry(device, complete), info);
-  const server = new DeviceServer(provider, { ...others, tls: tlsFor(uri, tls) }, info.name, uri);
+  const server = new OneDeviceServer(provider, { ...others, tls: tlsFor(uri, tls) }, info.name, uri);
   await server.listen(withMode(place, mode));
   return server;
 }
 
-/**
- * A server of one device, as `serve` returns it: an NbdServer that closes the device when it is closed. Its address is the one
- * that `serve` was given; `listen` adds others.
- */
-export class DeviceServer extends NbdServer {
+/** A server of one device, as `serve` returns it. Its address is the one that `serve` was given; `listen` adds others. */
+export interface DeviceServer extends NbdServer {
+  /** Where it listens: the whole path of a unix socket, the port that it really has. */
+  readonly address: BoundAddress;
+  /**
+   * The URI to give to a client, with everything of the given URI, the port that the server really has and the whole path of a
+   * unix socket. A server at all addresses of the machine is 'localhost' in it. Errors: RangeError when it is read, for `{ fd }`
+   * of a unix socket without its path, which Node does not know.
+   */
+  readonly uri: string;
+  /**
+   * Close the server as NbdServer does, then the device. If a request is left unfinished, the device is closed when that has
+   * finished. Errors: those of the device's `close`.
+   */
+  close(options?: Parameters<NbdServer['close']>[0]): Promise<Unfinished>;
+}
+
+class OneDeviceServer extends NbdServer implements DeviceServer {
   readonly #provider: OneExport;
   readonly #exportName: string;
   readonly #given: NbdUri | undefined;
   readonly #requiresTls: boolean;
   #bound: BoundAddress | undefined;
   #host: string | undefined;
-  #ended: ReturnType<NbdServer['close']> | undefined;
+  #ended: Promise<Unfinished> | undefined;
 
-  /** Use `serve`. */
   constructor(provider: OneExport, options: Omit<ServerOptions, 'provider'>, exportName: string, uri?: NbdUri) {
     super({ ...options, provider });
     this.#provider = provider;
@@ -85,17 +97,11 @@ export class DeviceServer extends NbdServer {
     this.#requiresTls = options.tls?.mode === 'require';
   }
 
-  /** Where it listens: the whole path of a unix socket, the port that it really has. Errors: Error before it listens. */
   get address(): BoundAddress {
     if (this.#bound === undefined) throw new Error('this server does not listen yet');
     return this.#bound;
   }
 
-  /**
-   * The URI to give to a client, with everything of the given URI, the port that the server really has and the whole path of a
-   * unix socket. A server at all addresses of the machine is 'localhost' in it. Errors: Error before it listens; RangeError for
-   * `{ fd }` of a unix socket without its path, which Node does not know.
-   */
   get uri(): string {
     const bound = this.address;
     const parts = { ...this.#given, exportName: this.#exportName, tls: this.#requiresTls };
@@ -115,7 +121,6 @@ export class DeviceServer extends NbdServer {
     return given;
   }
 
-  /** Listen at one more address, as NbdServer does. */
   override async listen(where: ListenTarget): Promise<BoundAddress> {
     const bound = await super.listen(where);
     if (this.#bound === undefined) {
@@ -126,16 +131,12 @@ export class DeviceServer extends NbdServer {
     return bound;
   }
 
-  /**
-   * Close the server as NbdServer does, then the device, if no request of it is left; else the device is closed when its last
-   * request has finished. Errors: those of the device's `close`.
-   */
-  override close(options?: Parameters<NbdServer['close']>[0]): ReturnType<NbdServer['close']> {
+  override close(options?: Parameters<NbdServer['close']>[0]): Promise<Unfinished> {
     this.#ended ??= this.#end(super.close(options));
     return this.#ended;
   }
 
-  /** As NbdServer does. The device is closed as soon as its requests in flight have finished. */
+  /** The device is closed as soon as its requests in flight have finished. */
   override destroy(): void {
     super.destroy();
     this.#provider.end().catch((error: unknown) => {
@@ -144,7 +145,7 @@ export class DeviceServer extends NbdServer {
     });
   }
 
-  async #end(closing: ReturnType<NbdServer['close']>): ReturnType<NbdServer['close']> {
+  async #end(closing: Promise<Unfinished>): Promise<Unfinished> {
     try {
       return await closing;
     } finally {
