@@ -6,6 +6,7 @@
  * method for each.
  */
 
+import { isInstance } from './brand.js';
 import type { TlsIdentity } from './protocol/tls.js';
 
 /** An answer at once, or a promise of one. */
@@ -140,20 +141,47 @@ export type Ending = 'disconnect' | 'lost';
 /** The causes of a failed request; the server maps them to NBD error values in one table. */
 export type DeviceErrorCode = 'EPERM' | 'EIO' | 'ENOMEM' | 'EINVAL' | 'ENOSPC' | 'EOVERFLOW' | 'ENOTSUP' | 'ESHUTDOWN';
 
+const DEVICE_ERROR_CODES: ReadonlySet<unknown> = new Set<DeviceErrorCode>([
+  ...(['EPERM', 'EIO', 'ENOMEM', 'EINVAL', 'ENOSPC', 'EOVERFLOW', 'ENOTSUP', 'ESHUTDOWN'] as const),
+]);
+
+/** Whether `code` is one of DeviceErrorCode. An error may come from another copy of the package, or be changed once made. */
+export function isDeviceErrorCode(code: unknown): code is DeviceErrorCode {
+  return DEVICE_ERROR_CODES.has(code);
+}
+
+const DEVICE_ERROR = Symbol.for('nbd-server-ts.DeviceError');
+
 /** A failed request. `message` is sent to clients with chunked replies: it should be meaningful to the user of the export. */
 export class DeviceError extends Error {
   /** The offset in the export at which it failed, if known: the part of the request's range before it has succeeded. */
   readonly offset: number | undefined;
 
+  /** Errors: TypeError (there is no such code). */
   constructor(
     readonly code: DeviceErrorCode,
     message: string,
     options?: ErrorOptions & { readonly offset?: number },
   ) {
     super(message, options);
+    if (!isDeviceErrorCode(code)) throw unknownCode('DeviceError', code, DEVICE_ERROR_CODES);
     this.name = 'DeviceError';
     this.offset = options?.offset;
   }
+
+  /** Also errors of another copy of this package. */
+  static override [Symbol.hasInstance](value: unknown): boolean {
+    return isInstance(this, DeviceError, DEVICE_ERROR, value);
+  }
+
+  get [DEVICE_ERROR](): true {
+    return true;
+  }
+}
+
+function unknownCode(name: string, code: unknown, known: ReadonlySet<unknown>): TypeError {
+  const given = typeof code === 'string' ? JSON.stringify(code) : `a value of type ${typeof code}`;
+  return new TypeError(`${name}: ${given} is not a code; there are ${[...known].join(', ')}`);
 }
 
 /** The process at the other end of a unix socket, as the kernel knows it (SO_PEERCRED). */
@@ -198,14 +226,34 @@ export interface ExportInfo {
  * Why an export was not opened; `UNKNOWN` and `POLICY` become NBD_REP_ERR_UNKNOWN and _POLICY. `TLS_REQUIRED`: it can be opened
  * over TLS only; for a server that offers TLS and a peer that has not begun it.
  */
+export type ExportErrorCode = 'UNKNOWN' | 'POLICY' | 'TLS_REQUIRED' | 'SHUTDOWN' | 'FAILED';
+
+const EXPORT_ERROR_CODES: ReadonlySet<unknown> = new Set<ExportErrorCode>([
+  ...(['UNKNOWN', 'POLICY', 'TLS_REQUIRED', 'SHUTDOWN', 'FAILED'] as const),
+]);
+
+const EXPORT_ERROR = Symbol.for('nbd-server-ts.ExportError');
+
+/** An export was not opened. `message` is sent to the client. `FAILED` is an error, and reported; the others are answers. */
 export class ExportError extends Error {
+  /** Errors: TypeError (there is no such code). */
   constructor(
-    readonly code: 'UNKNOWN' | 'POLICY' | 'TLS_REQUIRED' | 'SHUTDOWN' | 'FAILED',
+    readonly code: ExportErrorCode,
     message: string,
     options?: ErrorOptions,
   ) {
     super(message, options);
+    if (!EXPORT_ERROR_CODES.has(code)) throw unknownCode('ExportError', code, EXPORT_ERROR_CODES);
     this.name = 'ExportError';
+  }
+
+  /** Also errors of another copy of this package. */
+  static override [Symbol.hasInstance](value: unknown): boolean {
+    return isInstance(this, ExportError, EXPORT_ERROR, value);
+  }
+
+  get [EXPORT_ERROR](): true {
+    return true;
   }
 }
 
@@ -217,8 +265,11 @@ export interface OpenContext {
   readonly signal: AbortSignal;
 }
 
-/** The exports of a server. `Device`: their type when opened, for programs that use more of a device than the server does. */
-export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
+/**
+ * The exports of a server. `Device`: their type when opened, for programs that use more of a device than the server does, or
+ * the small interface (see `Device` of device.ts), which the server completes.
+ */
+export interface ExportProvider<Device extends object = BlockDevice> {
   /** Any iterable: it is iterated as the client reads, with other connections served in between. */
   list(peer: Peer): Awaitable<Iterable<ExportInfo>>;
   /**
@@ -232,7 +283,10 @@ export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
     peer: Peer,
     contexts?: readonly string[],
     context?: OpenContext,
-  ): Awaitable<{ readonly geometry: Device['geometry']; readonly info: ExportInfo }>;
+  ): Awaitable<{
+    readonly geometry: Device extends { readonly geometry: infer Whole } ? Whole : DeviceGeometry;
+    readonly info: ExportInfo;
+  }>;
   /**
    * For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. A server always gives `context`.
    * Errors: ExportError.

@@ -68,7 +68,7 @@ export function completeDevice(device: AnyDevice): CompleteDevice {
   return new CompletedDevice(device);
 }
 
-/** Whether `device` has the full interface. */
+/** Whether `device` has the full interface, which is told by its geometry. */
 export function isBlockDevice(device: AnyDevice): device is BlockDevice {
   return 'geometry' in device;
 }

@@ -7,6 +7,7 @@ export type {
   DeviceGeometry,
   DeviceErrorCode,
   Ending,
+  ExportErrorCode,
   ExportInfo,
   ExportProvider,
   ExtentSink,
@@ -51,6 +52,8 @@ export type {
   ConnectionInfo,
   ConnectionOpenEvent,
   ConnectionRefusedEvent,
+  ErrorContext,
+  RequestDoneEvent,
   RequestEvent,
   ServerObserver,
 } from './server/observer.js';
@@ -58,7 +61,7 @@ export { NbdClient, NbdClientError } from './client/client.js';
 export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
 export type { Extent, ReplyLevel } from './client/reply-reader.js';
 export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
-export type { Negotiated, SelectedContext } from './protocol/wire.js';
 export { formatNbdUri, NBD_PORT, parseNbdUri } from './protocol/uri.js';
 export type { NbdUri, NbdUriParts, NbdUriTls, TcpNbdUri, UnixNbdUri } from './protocol/uri.js';
-export { MAX_PAYLOAD } from './protocol/wire.js';
+export type { CommandName, Negotiated, SelectedContext } from './protocol/wire.js';
+export { COMMAND_NAMES, commandName, MAX_PAYLOAD } from './protocol/wire.js';

@@ -55,7 +55,7 @@ interface Started {
 async function started(options: CreateServerOptions): Promise<Started> {
   const path = join(await temporaryDirectory(), 'nbd.sock');
   const reported: unknown[] = [];
-  const observer: ServerObserver = { onDeviceError: (error) => reported.push(error) };
+  const observer: ServerObserver = { onError: (error) => reported.push(error) };
   const server = createServer({ observer, ...options });
   onTestFinished(() => server.destroy());
   await server.listen(`nbd+unix:///?socket=${path}`);

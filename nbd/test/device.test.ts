@@ -29,7 +29,7 @@ async function connect(device: BlockDevice): Promise<{ client: NbdClient; errors
       describe: () => ({ geometry: device.geometry, info }),
       open: () => ({ device, info }),
     },
-    observer: { onDeviceError: (error) => errors.push((error as Error).message) },
+    observer: { onError: (error) => errors.push((error as Error).message) },
   });
   onTestFinished(() => server.destroy());
   await server.listen({ path });

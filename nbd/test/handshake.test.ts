@@ -323,7 +323,7 @@ describe('providers that refuse', () => {
     const [reply] = await client.option(OPT.GO, infoQuery('disk'));
     expect(reply?.type).toBe(REP.ERR_UNKNOWN);
     expect(reply?.data.toString()).not.toContain('secret');
-    expect(deviceErrors).toEqual([{ error: secret, exportName: undefined }]);
+    expect(deviceErrors).toEqual([{ error: secret, exportName: 'disk' }]);
   });
 
   for (const geometry of [

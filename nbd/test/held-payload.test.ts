@@ -3,6 +3,7 @@ import { PassThrough } from 'node:stream';
 import { expect, test } from 'vitest';
 import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
+import { GuardedObserver } from '../src/server/guarded-observer.js';
 import { LoopShare } from '../src/server/loop-share.js';
 import { CMD } from '../src/protocol/wire.js';
 import { ClientSignal } from '../src/server/client-signal.js';
@@ -11,16 +12,24 @@ import { requestBytes } from './raw-client.js';
 import { TestExport, TestProvider } from './test-device.js';
 import { startServer } from './test-server.js';
 
+const PEER = { transport: 'internal', address: 'test' } as const;
+
 const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 
 test('a payload that has to wait in the middle is written as it was sent', async () => {
   const exported = new TestExport('disk');
-  const { device } = await new TestProvider([exported]).open('disk', { transport: 'internal', address: 'test' });
+  const { device } = await new TestProvider([exported]).open('disk', PEER);
   const loop = new LoopShare();
   const transmission = new Transmission(
     {
-      ...{ id: 1, exportName: 'disk', socket: new PassThrough(), pool: new BufferPool(DEFAULT_LIMITS.maxMemoryBytes) },
-      ...{ loop, limits: DEFAULT_LIMITS, observer: {}, clientSignal: new ClientSignal() },
+      ...{
+        id: 1,
+        peer: PEER,
+        exportName: 'disk',
+        socket: new PassThrough(),
+        pool: new BufferPool(DEFAULT_LIMITS.maxMemoryBytes),
+      },
+      ...{ loop, limits: DEFAULT_LIMITS, observer: GuardedObserver.of(), clientSignal: new ClientSignal() },
       disconnectRequested: () => undefined,
       protocolViolated: (reason) => expect.unreachable(reason),
     },

@@ -148,7 +148,7 @@ describe('a close of a device that never settles', () => {
     const client = await stuck.opened();
     client.vanish();
     await until(() => stuck.errors.length === 1, 'it is reported');
-    expect((stuck.errors[0] as Error).message).toBe('the device of the export "disk" has not closed within 30 ms');
+    expect((stuck.errors[0] as Error).message).toBe('it has not closed within 30 ms');
     expect([...stuck.server.connections.values()]).toMatchObject([
       { phase: 'closing', exportName: 'disk', inFlight: 0 },
     ]);

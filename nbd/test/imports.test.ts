@@ -10,12 +10,13 @@ const SOURCES = fileURLToPath(new URL('../src/', import.meta.url));
 /** The folder of a file; for files outside of folders their own names. */
 const FOLDER = /^[^/]+/;
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
-  'block-device.ts': ['protocol'],
+  'brand.ts': [],
+  'block-device.ts': ['protocol', 'brand.ts'],
   'transferred.ts': [],
   'device.ts': ['block-device.ts', 'transferred.ts'],
   protocol: ['protocol', 'block-device.ts'],
-  server: ['server', 'protocol', 'block-device.ts', 'device.ts', 'transferred.ts'],
-  client: ['client', 'protocol', 'block-device.ts', 'device.ts'],
+  server: ['server', 'protocol', 'block-device.ts', 'brand.ts', 'device.ts', 'transferred.ts'],
+  client: ['client', 'protocol', 'block-device.ts', 'brand.ts', 'device.ts'],
   devices: ['devices', 'block-device.ts', 'device.ts', 'transferred.ts'],
   filters: ['filters', 'block-device.ts', 'device.ts', 'transferred.ts'],
   'checked-device.ts': ['block-device.ts', 'device.ts', 'server'],

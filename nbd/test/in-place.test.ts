@@ -3,6 +3,7 @@ import { Duplex } from 'node:stream';
 import { expect, test } from 'vitest';
 import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
+import { GuardedObserver } from '../src/server/guarded-observer.js';
 import { LoopShare } from '../src/server/loop-share.js';
 import { CMD } from '../src/protocol/wire.js';
 import { ClientSignal } from '../src/server/client-signal.js';
@@ -12,6 +13,7 @@ import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, until } from './test-server.js';
 
 const ROUNDS = 12;
+const PEER = { transport: 'internal', address: 'test' } as const;
 
 /** Ranges that cover `size` bytes: small ones, several in one receive, and large ones in pieces. */
 function ranges(size: number, random: () => number): { offset: number; length: number }[] {
@@ -113,21 +115,14 @@ async function transmissionOf(exported: TestExport) {
   const loop = new LoopShare();
   const socket = new Duplex({ read: () => undefined, write: (_chunk, _encoding, done) => done() });
   const host = {
-    ...{
-      id: 1,
-      exportName: 'disk',
-      socket,
-      loop,
-      observer: {},
-      limits: DEFAULT_LIMITS,
-      clientSignal: new ClientSignal(),
-    },
+    ...{ id: 1, peer: PEER, exportName: 'disk', socket, loop, observer: GuardedObserver.of(), limits: DEFAULT_LIMITS },
+    clientSignal: new ClientSignal(),
     pool: new BufferPool(2 ** 28),
     disconnectRequested: () => undefined,
     protocolViolated: (reason: string) => expect.fail(reason),
   };
   const provider = new TestProvider([exported]);
-  const { device } = await provider.open('disk', { transport: 'internal', address: 'test' });
+  const { device } = await provider.open('disk', PEER);
   const negotiated = { fixedNewstyle: true, noZeroes: true, structuredReplies: false, extendedHeaders: false };
   const transmission = new Transmission(host, device, {
     geometry: exported.geometry,

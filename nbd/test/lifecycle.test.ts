@@ -709,8 +709,8 @@ describe('reports', () => {
     await client.readReply();
     await client.readReply();
     expect(requests).toEqual([
-      { id: 1, type: CMD.WRITE, flags: 1, offset: 4096, length: 4, refusedWith: 0 },
-      { id: 1, type: CMD.READ, flags: 0, offset: 2 ** 40, length: 4, refusedWith: NBD_ERRNO.EINVAL },
+      { id: 1, type: CMD.WRITE, command: 'WRITE', flags: 1, offset: 4096, length: 4, refusedWith: 0 },
+      { id: 1, type: CMD.READ, command: 'READ', flags: 0, offset: 2 ** 40, length: 4, refusedWith: NBD_ERRNO.EINVAL },
     ]);
   });
 

@@ -173,7 +173,7 @@ export async function stuckServer(
     provider,
     observer: {
       onConnectionClose: (event) => closes.push(event),
-      onDeviceError: (error) => errors.push(error),
+      onError: (error) => errors.push(error),
     },
   });
   onTestFinished(() => server.destroy());

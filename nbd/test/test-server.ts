@@ -43,6 +43,7 @@ export interface TestServer {
   readonly opens: ConnectionOpenEvent[];
   readonly closes: ConnectionCloseEvent[];
   readonly requests: RequestEvent[];
+  /** Errors that are bugs of a device or provider. */
   readonly deviceErrors: { readonly error: unknown; readonly exportName: string | undefined }[];
   /** A connection that has sent nothing yet. */
   raw(): Promise<RawClient>;
@@ -72,7 +73,9 @@ export async function startServer(
       onConnectionOpen: (event) => opens.push(event),
       onConnectionClose: (event) => closes.push(event),
       onRequest: (event) => requests.push(event),
-      onDeviceError: (error, { exportName }) => deviceErrors.push({ error, exportName }),
+      onError: (error, { exportName, expected }) => {
+        if (!expected) deviceErrors.push({ error, exportName });
+      },
     },
   });
   onTestFinished(() => server.destroy());

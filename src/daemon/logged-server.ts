@@ -3,7 +3,7 @@
  * event of the server becomes which line of the log. Decides nothing about exports or clients.
  */
 import type { Logger } from 'pino';
-import { NbdServer, type ServerOptions } from 'nbd-server-ts';
+import { DeviceError, ExportError, NbdServer, type ServerOptions } from 'nbd-server-ts';
 import { peerCredentials } from '../system/socket-calls.js';
 import type { NbdSessions } from './control/nbd-sessions.js';
 import type { DeadPeerTimeouts } from './dead-peer-timeouts.js';
@@ -35,10 +35,13 @@ export function makeLoggedServer(options: LoggedServerOptions): NbdServer {
         connections.closed(event);
         if (event.peer.transport === 'internal') sessions.ended(event.peer.address);
       },
-      onDeviceError: (error, context) =>
-        repeated.ofStore.tell(`fault ${context.exportName}`, causeOf(error), (repetition) =>
-          log.error({ err: error, ...context }, `request failed${times(repetition)}`),
-        ),
+      onError: (error, { id, exportName }) => {
+        // The devices and exports log these where they know the cause.
+        if (error instanceof DeviceError || error instanceof ExportError) return;
+        repeated.ofStore.tell(`fault ${exportName}`, causeOf(error), (repetition) =>
+          log.error({ err: error, id, exportName }, `request failed${times(repetition)}`),
+        );
+      },
       onListenerError: (error) =>
         repeated.ofStore.tell('listeners', causeOf(error), (repetition) =>
           log.error({ err: error }, `cannot accept a connection${times(repetition)}`),

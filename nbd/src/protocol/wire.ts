@@ -132,6 +132,19 @@ export const CMD = {
   BLOCK_STATUS: 7,
 } as const;
 
+/** The name of a command, as in NBD_CMD_READ. */
+export type CommandName = keyof typeof CMD;
+
+/** The names of the commands, by their numbers on the wire. */
+export const COMMAND_NAMES: readonly CommandName[] = Object.freeze(
+  (Object.keys(CMD) as CommandName[]).sort((a, b) => CMD[a] - CMD[b]),
+);
+
+/** The name of the command with the number `type`; "command 9" if NBD has none. */
+export function commandName(type: number): CommandName | `command ${number}` {
+  return COMMAND_NAMES[type] ?? `command ${type}`;
+}
+
 /** "Command flags". */
 export const CMD_FLAG = {
   FUA: 1 << 0,

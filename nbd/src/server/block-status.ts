@@ -151,8 +151,9 @@ export class ExtentCollector {
 
   readonly sink: ExtentSink = (offset, length, flags) => {
     if (this.#isFinished) return false;
-    if (offset !== this.#reached || !(length > 0) || !this.#areFlags(flags)) {
-      this.#breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected an extent at ${this.#reached}`;
+    if (offset !== this.#reached || !isExtentLength(length) || !this.#areFlags(flags)) {
+      const found = `${shown(length)} bytes at ${shown(offset)} with flags ${shown(flags)}`;
+      this.#breach ??= `reported ${found}, expected an extent at ${this.#reached}`;
       return false;
     }
     if (this.count === 0 || flags !== this.#lastFlags) {
@@ -204,8 +205,9 @@ export class ExtentCollector {
     while (this.#chunks.length > chunks) this.#releaseChunk();
   }
 
-  /** Give its memory back; it must not be used any more. */
+  /** Give its memory back. It must not be used any more; a device that still reports extents is told that it can stop. */
   release(): void {
+    this.#isFinished = true;
     while (this.#chunks.length > 0) this.#releaseChunk();
   }
 
@@ -276,6 +278,16 @@ export class ExtentCollector {
   #areFlags(flags: number): boolean {
     return Number.isSafeInteger(flags) && flags >= 0 && (this.#isWide || flags <= MAX_FLAGS_32);
   }
+}
+
+/** Whether an extent may have this length: whole bytes, and it may reach beyond the end of the export. */
+export function isExtentLength(length: unknown): length is number {
+  return typeof length === 'number' && length > 0 && (Number.isInteger(length) || length === Infinity);
+}
+
+/** What a device gave for a number, for a message. */
+function shown(value: unknown): string {
+  return typeof value === 'number' ? String(value) : `(a ${typeof value})`;
 }
 
 /** "only BLOCK_STATUS for structured replies, and only BLOCK_STATUS_EXT for extended headers" */

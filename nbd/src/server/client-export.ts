@@ -1,46 +1,52 @@
 /**
  * The export of one connection, from the provider's answer to the end. It owns the opened device and closes it exactly once;
  * it owns the provider's calls that took too long, and closes a device that arrives too late; and it reports errors of the
- * provider and the device that are bugs.
+ * provider and of closing.
  */
 
 import {
   ExportError,
   type Awaitable,
-  type BlockDevice,
   type Ending,
   type ExportInfo,
   type ExportProvider,
   type OpenContext,
   type Peer,
 } from '../block-device.js';
+import type { AnyDevice } from '../device.js';
 import type { ClientSignal } from './client-signal.js';
+import { checkedInfo } from './export-info.js';
+import type { GuardedObserver } from './guarded-observer.js';
 import type { Leftovers } from './leftovers.js';
 import type { Limits } from './limits.js';
-import type { ServerObserver } from './observer.js';
-import { isPromise } from './requests-in-flight.js';
+import type { ErrorContext } from './observer.js';
+import { promiseOf } from './promised.js';
 import { LONGEST_TIMER_MS } from './timers.js';
 
 export interface OpenExport {
-  readonly device: BlockDevice;
+  readonly device: AnyDevice;
   readonly info: ExportInfo;
 }
 
 /** What the exports of all connections of a loop share. */
 export interface ExportResources {
-  readonly provider: ExportProvider;
-  readonly observer: ServerObserver;
+  readonly provider: ExportProvider<AnyDevice>;
+  readonly observer: GuardedObserver;
   readonly limits: Limits;
   readonly leftovers: Leftovers;
 }
 
-/** A call of the provider that is waited for; `release`: it is not any more, and is one of the leftovers. */
+/** A call of the provider. */
 interface ProviderCall {
   readonly name: string;
+  /** Nobody waits for it any more: it is one of the leftovers until this is called. */
   release: (() => void) | undefined;
-  /** Resolves when it has settled, and what it has opened is closed. */
+  /** Resolves when it has settled, and what it has opened too late is closed. */
   readonly over: Promise<unknown>;
 }
+
+/** Which of the program's methods failed. */
+type FailedMethod = Required<Pick<ErrorContext, 'source' | 'method'>> & { readonly exportName?: string | undefined };
 
 export class ClientExport {
   /** The opened export's own name; undefined while none is open. */
@@ -55,7 +61,9 @@ export class ClientExport {
   readonly #connectionId: number;
   readonly #clientSignal: ClientSignal;
   readonly #resources: ExportResources;
-  #device: BlockDevice | undefined;
+  #device: AnyDevice | undefined;
+  #peer: Peer | undefined;
+  /** The last one. */
   #call: ProviderCall | undefined;
 
   constructor(connectionId: number, clientSignal: ClientSignal, resources: ExportResources) {
@@ -70,26 +78,37 @@ export class ClientExport {
     return refused === undefined ? undefined : `the client left when it was refused ${JSON.stringify(refused)}`;
   }
 
-  /** Errors: what the provider throws; ExportError FAILED: too many clients wait for it already. */
-  describe(name: string, peer: Peer, contexts?: readonly string[]): ReturnType<ExportProvider['describe']> {
+  /** What the provider's `describe` answers. Errors: what it throws; ExportError POLICY: too many calls wait for it already. */
+  describe(name: string, peer: Peer, contexts?: readonly string[]): unknown {
+    this.#peer = peer;
     this.#refuseIfStuck(name);
-    return this.#waitFor(name, this.#resources.provider.describe(name, peer, contexts, this.#context));
+    const asked = this.#resources.provider.describe(name, peer, contexts, this.#context);
+    return this.#waitFor(name, 'describe', asked);
   }
 
-  /** Open an export; from then on `close` closes it. Errors: as for `describe`. */
+  /**
+   * Open an export; from then on `close` closes it. Errors: what the provider throws; Error if it gave something else than a
+   * device and its description; ExportError POLICY: too many calls wait for the export already.
+   */
   async open(name: string, peer: Peer): Promise<OpenExport> {
+    this.#peer = peer;
     this.#refuseIfStuck(name);
-    const opening = this.#resources.provider.open(name, peer, this.#context);
-    const { device, info } = await this.#waitFor(name, opening, (late) => this.#closeDevice(late.device, 'lost', name));
+    const opening: unknown = this.#resources.provider.open(name, peer, this.#context);
+    const closeLate = async (late: unknown): Promise<void> => {
+      const device = deviceOf(late);
+      if (device !== undefined) await this.#closeDevice(device, 'lost', name);
+    };
+    const opened: unknown = await this.#waitFor(name, 'open', opening, closeLate);
+    if (typeof opened !== 'object' || opened === null) throw new Error('open returned no device and info');
+    const device = deviceOf(opened);
+    if (device === undefined) throw new Error('open returned no device');
+    // First: whatever is wrong with the rest, the device will be closed.
     this.#device = device;
+    const info = checkedInfo((opened as { readonly info?: unknown }).info);
     this.name = info.name;
     this.countedAs = info.countedAs ?? info.name;
-    try {
-      this.#refuseIfStuck(this.countedAs);
-    } catch (error) {
-      await this.close('lost');
-      throw error;
-    }
+    // Known by this key only now.
+    this.#refuseIfStuck(this.countedAs);
     return { device, info };
   }
 
@@ -116,10 +135,16 @@ export class ClientExport {
     else await this.#tellLeft(peer);
   }
 
-  /** Report an error that is a bug of the provider or the device, and not work given up for a client that is gone. */
-  unexpected(error: unknown): void {
+  /**
+   * Report an error of the provider or the device, unless it is work given up for a client that is gone. `isExpected`: the
+   * client was told what has happened.
+   */
+  failed(error: unknown, { source, method, exportName }: FailedMethod, isExpected = false): void {
     if (this.#clientSignal.isCauseOf(error)) return;
-    this.#resources.observer.onDeviceError?.(error, { id: this.#connectionId, exportName: this.name });
+    this.#resources.observer.onError(error, {
+      ...{ id: this.#connectionId, peer: this.#peer, exportName: exportName ?? this.name, source, method },
+      expected: isExpected,
+    });
   }
 
   get #context(): OpenContext {
@@ -128,62 +153,69 @@ export class ClientExport {
 
   #refuseIfStuck(key: string): void {
     const refusal = this.#resources.leftovers.refusal(key);
-    if (refusal !== undefined) throw new ExportError('FAILED', refusal);
+    if (refusal !== undefined) throw new ExportError('POLICY', refusal);
   }
 
-  /** `answer`, to which `undo` is done if it comes when nobody waits any more. */
-  #waitFor<T>(name: string, answer: Awaitable<T>, undo?: (late: T) => Promise<void>): Awaitable<T> {
-    if (!isPromise(answer)) return answer;
-    const answered = Promise.resolve(answer);
+  /** `answer` of the provider; `undo` is done to one that comes when nobody waits any more. */
+  #waitFor(name: string, method: string, answer: unknown, undo?: (late: unknown) => Promise<void>): unknown {
+    const answered = promiseOf(answer);
+    if (answered === undefined) return answer;
     const over = answered.then(
       async (late) => {
         if (call.release !== undefined) await undo?.(late);
       },
       (error: unknown) => {
-        if (call.release !== undefined) this.unexpected(error);
+        if (call.release !== undefined) this.failed(error, { source: 'provider', method, exportName: name });
       },
     );
     const call: ProviderCall = { name, release: undefined, over };
     void over.then(() => call.release?.());
     this.#call = call;
     return answered.then((value) => {
-      if (call.release !== undefined) throw new ExportError('FAILED', `${JSON.stringify(name)} was opened too late`);
+      if (call.release !== undefined) throw new Error(`${method} has answered too late`);
       return value;
     });
   }
 
-  #closeDevice(device: BlockDevice, ending: Ending, key: string): Promise<void> {
-    return this.#finish(key, `the device of the export ${JSON.stringify(key)} has not closed`, () =>
-      device.close(ending),
-    );
+  #closeDevice(device: AnyDevice, ending: Ending, key: string): Promise<void> {
+    const method = { source: 'device', method: 'close', exportName: key } as const;
+    return this.#finish(key, method, 'it has not closed', () => device.close?.(ending));
   }
 
   #tellLeft(peer: Peer): Promise<void> {
-    return this.#finish('', 'the exports have not answered left()', () => this.#resources.provider.left?.(peer));
+    const method = { source: 'provider', method: 'left' } as const;
+    return this.#finish('', method, 'left() has not answered', () => this.#resources.provider.left?.(peer));
   }
 
   /** Wait for `work`; if that takes too long, as `problem` says, the connection does not count any more. Never fails. */
-  async #finish(key: string, problem: string, work: () => Awaitable<void>): Promise<void> {
+  async #finish(key: string, method: FailedMethod, problem: string, work: () => Awaitable<void>): Promise<void> {
     const { limits, leftovers } = this.#resources;
     const { openTimeoutMs } = limits;
     let release: (() => void) | undefined;
     let timer: NodeJS.Timeout | undefined;
     try {
-      const answer = work();
-      if (!isPromise(answer)) return;
+      const answer = promiseOf(work());
+      if (answer === undefined) return;
       timer = setTimeout(
         () => {
           release = leftovers.add(key);
-          this.unexpected(new Error(`${problem} within ${openTimeoutMs} ms`));
+          this.failed(new Error(`${problem} within ${openTimeoutMs} ms`), method);
           this.onStuckClose();
         },
         Math.min(openTimeoutMs, LONGEST_TIMER_MS),
       ).unref();
       await answer;
     } catch (error) {
-      this.unexpected(error);
+      this.failed(error, method);
     }
     clearTimeout(timer);
     release?.();
   }
+}
+
+/** The device in what the provider's `open` gave, if it is one. */
+function deviceOf(opened: unknown): AnyDevice | undefined {
+  if (typeof opened !== 'object' || opened === null) return undefined;
+  const { device } = opened as { readonly device?: unknown };
+  return typeof device === 'object' && device !== null ? (device as AnyDevice) : undefined;
 }

@@ -7,10 +7,12 @@
 import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
+import type { AnyDevice } from '../device.js';
 import type { ServerTls } from '../protocol/tls.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
 import { Connection } from './connection.js';
+import { GuardedObserver } from './guarded-observer.js';
 import { HeldSockets } from './held-sockets.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
 import { Leftovers } from './leftovers.js';
@@ -24,7 +26,7 @@ import { StallWatch } from './stall-watch.js';
 
 /** What a loop serves its connections with. */
 export interface ConnectionLoopOptions {
-  readonly provider: ExportProvider;
+  readonly provider: ExportProvider<AnyDevice>;
   /** Receives the events of this loop's connections; see ServerObserver. */
   readonly observer?: ServerObserver;
   /** Limits other than DEFAULT_LIMITS. The server enforces those of all connections together. */
@@ -63,7 +65,7 @@ export class ConnectionLoop implements ServingLoop {
     const limits = limitsFrom(options.limits);
     this.#tls = options.tls;
     this.#resources = {
-      ...{ provider: options.provider, observer: options.observer ?? {}, limits },
+      ...{ provider: options.provider, observer: GuardedObserver.of(options.observer), limits },
       pool: new BufferPool(checkedMemory(limits.maxMemoryBytes)),
       loop: new LoopShare(),
       time: new LoopTime(),

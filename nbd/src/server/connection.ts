@@ -5,13 +5,14 @@
  */
 
 import type { Duplex } from 'node:stream';
-import type { Ending, ExportProvider, Peer } from '../block-device.js';
+import type { Ending, Peer } from '../block-device.js';
 import { ByteReader } from '../protocol/byte-reader.js';
 import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ClientExport } from './client-export.js';
 import { ClientSignal } from './client-signal.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
+import type { GuardedObserver } from './guarded-observer.js';
 import { HandOver, type HandOverHost } from './hand-over.js';
 import { HandshakeClock } from './handshake-clock.js';
 import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
@@ -23,7 +24,7 @@ import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
 import { reopen, type NegotiatedState } from './negotiated-state.js';
-import type { ConnectionInfo, ServerObserver } from './observer.js';
+import type { ConnectionInfo } from './observer.js';
 import type { Progress, ServedConnection, TakeConnection } from './serving-loop.js';
 import { bytesTakenBySystem, closeAfterOutput, watchOutput } from './socket-end.js';
 import type { Watched } from './stall-watch.js';
@@ -42,9 +43,9 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   /** The socket that is read and written; under TLS not the accepted one. */
   socket: Duplex;
   readonly tlsMode: TlsMode | undefined;
-  readonly provider: ExportProvider;
+  readonly provider: HandshakeHost['provider'];
   readonly limits: Limits;
-  readonly observer: ServerObserver;
+  readonly observer: GuardedObserver;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly reader: ByteReader;
@@ -343,7 +344,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     const { refused } = this.export;
     await this.export.close(this.#ending);
     await this.export.left(this.peer);
-    this.observer.onConnectionClose?.({
+    this.observer.onConnectionClose({
       id: this.id,
       peer: this.peer,
       exportName,
@@ -369,7 +370,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket.off('data', this.#onHandshakeData);
     this.socket.on('data', this.#onRequestData);
     const violations = this.#violations.countOf(this.export.countedAs);
-    this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
+    this.observer.onConnectionOpen({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
     const unsent = this.#state?.unsent;
     if (unsent !== undefined && unsent.length > 0) transmission.sendFirst(unsent);
     const rest = this.reader.takeRest();

@@ -6,15 +6,18 @@
  * concurrently and are answered as they finish.
  */
 
-import type { Awaitable, Transferred, ZeroMode } from '../block-device.js';
+import type { ZeroMode } from '../block-device.js';
 import { CMD, CMD_FLAG } from '../protocol/wire.js';
+import { readShortfall, writeShortfall } from '../transferred.js';
 import type { Block } from './buffer-pool.js';
-import type { ServedDevice } from './geometry.js';
+import type { Failure } from './failure.js';
+import { fillsBuffer, type ServedDevice } from './geometry.js';
+import { promiseOf } from './promised.js';
 import type { ReceiveMemory } from './receive-memory.js';
 import type { Addressee } from './reply-encoder.js';
-import type { Failure, ReplyQueue } from './reply-queue.js';
+import type { ReplyQueue } from './reply-queue.js';
 import type { Request } from './request.js';
-import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
+import type { RequestsInFlight } from './requests-in-flight.js';
 import type { SparseReads } from './sparse-reads.js';
 import type { StatusRequests } from './status-requests.js';
 
@@ -32,14 +35,18 @@ class PendingRequest {
   offsetLow = 0;
   offset = 0;
   length = 0;
+  /** When the device was called, if somebody wants to know. */
+  startedAt = 0;
   /** The block of a read's reply, or the pooled memory of a write's payload. */
   block: Block | undefined;
   at = 0;
-  readonly succeed: () => void;
+  /** What a read is to fill. */
+  into: Buffer | undefined;
+  readonly succeed: (result: unknown) => void;
   readonly fail: (error: unknown) => void;
 
   constructor(owner: Dispatch) {
-    this.succeed = () => owner.finished(this, undefined);
+    this.succeed = (result) => owner.succeeded(this, result);
     this.fail = (error) => owner.failed(this, error);
   }
 }
@@ -49,6 +56,8 @@ export class Dispatch {
 
   readonly #device: ServedDevice;
   readonly #signal: AbortSignal;
+  /** The memory of a read is cleared first: a device that fills too little of it shows what another client has read. */
+  readonly #clearsFirst: boolean;
   readonly #memory: ReceiveMemory;
   readonly #inFlight: RequestsInFlight;
   readonly #replies: ReplyQueue;
@@ -66,6 +75,7 @@ export class Dispatch {
   ) {
     this.#device = device;
     this.#signal = signal;
+    this.#clearsFirst = !fillsBuffer(device);
     this.#memory = memory;
     this.#inFlight = inFlight;
     this.#replies = replies;
@@ -80,12 +90,17 @@ export class Dispatch {
     const inFlight = this.#inFlight;
     const { type, flags, offset, length } = request;
     const fua = (flags & CMD_FLAG.FUA) !== 0;
-    let answer: Awaitable<Transferred>;
+    const startedAt = inFlight.now;
+    let into: Buffer | undefined;
+    let later: Promise<unknown> | undefined;
     try {
+      let answer: unknown;
       switch (type) {
         case CMD.READ:
           if (this.#sparseReads.areAllowed && this.#sparseReads.begin(request)) return;
-          answer = device.read(offset, this.#replies.beginRead(length), signal);
+          into = this.#replies.beginRead(length);
+          if (this.#clearsFirst) into.fill(0);
+          answer = device.read(offset, into, signal);
           break;
         case CMD.WRITE:
           if (data === undefined) throw new Error('dispatch: a write without its payload');
@@ -109,26 +124,33 @@ export class Dispatch {
         default:
           throw new Error(`dispatch: command ${type} was not refused`);
       }
+      // Nothing, or the number of bytes, is what most devices return.
+      if (answer !== undefined && answer !== length) {
+        later = promiseOf(answer);
+        if (later === undefined) mustBeWhole(type, answer, into, length);
+      }
     } catch (error) {
       const failure = inFlight.failureOf(error, request);
       inFlight.errors++;
       if (block !== undefined) this.#memory.unpin(block);
-      if (type === CMD.READ) this.#replies.failRead(request, failure);
+      if (into !== undefined) this.#replies.failRead(request, failure);
       else this.#replies.error(request, failure);
+      if (inFlight.areObserved) inFlight.done(request, startedAt, failure.errno);
       return;
     }
-    if (answer !== undefined && isPromise(answer)) {
-      this.#wait(request, answer, block);
+    if (later !== undefined) {
+      this.#wait(request, later, into, block, startedAt);
       return;
     }
     if (type === CMD.READ) {
       inFlight.bytesRead += length;
       this.#replies.finishRead(request.cookieHigh, request.cookieLow, offset);
-      return;
+    } else {
+      if (type === CMD.WRITE) inFlight.bytesWritten += length;
+      if (block !== undefined) this.#memory.unpin(block);
+      this.succeed(request);
     }
-    if (type === CMD.WRITE) inFlight.bytesWritten += length;
-    if (block !== undefined) this.#memory.unpin(block);
-    this.succeed(request);
+    if (inFlight.areObserved) inFlight.done(request, startedAt, 0);
   }
 
   /** Answer a request with success and no data. */
@@ -137,7 +159,13 @@ export class Dispatch {
   }
 
   /** The device answers `request` later. */
-  #wait(request: Request, answer: Promise<unknown>, block: Block | undefined): void {
+  #wait(
+    request: Request,
+    answer: Promise<unknown>,
+    into: Buffer | undefined,
+    block: Block | undefined,
+    startedAt: number,
+  ): void {
     const inFlight = this.#inFlight;
     const pending = this.#spare.pop() ?? new PendingRequest(this);
     pending.type = request.type;
@@ -148,14 +176,35 @@ export class Dispatch {
     pending.offsetLow = request.offsetLow;
     pending.offset = request.offset;
     pending.length = request.length;
+    pending.startedAt = startedAt;
     pending.block = block;
+    pending.into = into;
     if (request.type === CMD.READ) {
       const place = this.#replies.detachRead();
       pending.block = place.block;
       pending.at = place.at;
     }
     inFlight.begin(heldBytes(request));
-    answer.then(pending.succeed, pending.fail);
+    try {
+      answer.then(pending.succeed, pending.fail);
+    } catch (error) {
+      // Its constructor is the program's: nothing will call back.
+      this.failed(pending, error);
+    }
+  }
+
+  /** For PendingRequest only: the promise of the device is fulfilled. */
+  succeeded(pending: PendingRequest, result: unknown): void {
+    const { length } = pending;
+    if (result !== undefined && result !== length) {
+      try {
+        mustBeWhole(pending.type, result, pending.into, length);
+      } catch (error) {
+        this.failed(pending, error);
+        return;
+      }
+    }
+    this.finished(pending, undefined);
   }
 
   /** For PendingRequest only: the device has failed. */
@@ -168,6 +217,7 @@ export class Dispatch {
     const inFlight = this.#inFlight;
     const { block } = pending;
     pending.block = undefined;
+    pending.into = undefined;
     inFlight.end(heldBytes(pending));
     const { cookieHigh, cookieLow, offset, length } = pending;
     if (failure !== undefined) inFlight.errors++;
@@ -188,9 +238,18 @@ export class Dispatch {
         this.#replies.error(pending, failure);
       }
     }
+    if (inFlight.areObserved) inFlight.done(pending, pending.startedAt, failure?.errno ?? 0);
     this.#spare.push(pending);
     inFlight.settled();
   }
+}
+
+/** Errors: Error if the device has transferred less than it was asked to, by what it returned. */
+function mustBeWhole(type: number, result: unknown, into: Buffer | undefined, length: number): void {
+  let shortfall: string | undefined;
+  if (into !== undefined) shortfall = readShortfall(result, into);
+  else if (type === CMD.WRITE) shortfall = writeShortfall(result, length);
+  if (shortfall !== undefined) throw new Error(shortfall);
 }
 
 function zeroMode(flags: number): ZeroMode {

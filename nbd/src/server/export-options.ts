@@ -1,9 +1,9 @@
 /**
  * The options about exports: LIST, INFO, GO, EXPORT_NAME and the two for meta contexts (proto.md, "Option types"). It owns
- * their data, their answers, and how an error of the provider is told to the client.
+ * their data and their answers.
  */
 
-import { ExportError, type ExportInfo, type Geometry } from '../block-device.js';
+import type { ExportInfo, Geometry } from '../block-device.js';
 import {
   decodeString,
   encodeExportNameReply,
@@ -22,6 +22,8 @@ import {
   type Negotiated,
 } from '../protocol/wire.js';
 import { describeExport, openChecked } from './checked-export.js';
+import { checkedInfo } from './export-info.js';
+import { refusal } from './export-refusal.js';
 import { HandshakeError, type CheckedExport, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
 import { LoopSlice } from './loop-slices.js';
 import { answerMetaContextOption } from './meta-context.js';
@@ -29,6 +31,8 @@ import { encodeAnswer, negotiatedFor, reply, type Negotiation } from './negotiat
 
 /** Bytes of a list sent at once: few system calls, and little memory for a client that does not read. */
 const LIST_CHUNK_BYTES = 64 * 1024;
+/** Most entries of a list that are left out because they have no name that can be sent: a list may have no end. */
+const MAX_UNFIT = 1000;
 
 /** NBD_OPT_EXPORT_NAME has no way to report an error: "the server MUST terminate the session". */
 export async function answerExportName(
@@ -44,7 +48,10 @@ export async function answerExportName(
   try {
     opened = await openChecked(host, name);
   } catch (error) {
-    return { next: 'close', reason: `export ${JSON.stringify(name)} refused: ${refusal(host, error, name).message}` };
+    return {
+      next: 'close',
+      reason: `export ${JSON.stringify(name)} refused: ${refusal(host, error, 'open', name).message}`,
+    };
   }
   if (host.isShuttingDown) {
     await host.export.close('lost');
@@ -77,7 +84,7 @@ export async function answerMetaContexts(
   try {
     answer = await answerMetaContextOption(negotiated, option, data, describe);
   } catch (error) {
-    answer = refusal(host, error, asked);
+    answer = refusal(host, error, 'describe', asked);
   }
   await host.send(encodeAnswer(option, answer));
 }
@@ -87,33 +94,56 @@ export async function answerList(host: HandshakeHost, data: Buffer): Promise<voi
   if (data.length > 0) return reply(host, OPT.LIST, REP.ERR_INVALID, 'NBD_OPT_LIST takes no data');
   const slice = new LoopSlice();
   let count = 0;
+  let unfit = 0;
   let messages: Buffer[] = [];
   let bytes = 0;
+  let isSending = false;
+  let isBegun = false;
   try {
     const exports = await host.clock.during('listed its exports', host.provider.list(host.peer));
     slice.restart();
-    for (const { name, description } of exports) {
-      const entry = encodeServerEntry(name, encodeString(description).toString());
+    for (const each of exports) {
+      const info = listable(host, each, unfit);
+      if (info === undefined) {
+        if (++unfit > MAX_UNFIT) throw new Error(`more than ${MAX_UNFIT} of its entries cannot be listed`);
+        continue;
+      }
+      const entry = encodeServerEntry(info.name, encodeString(info.description).toString());
       const message = encodeOptionReply(OPT.LIST, REP.SERVER, entry);
       messages.push(message);
       bytes += message.length;
       count++;
       if (bytes >= LIST_CHUNK_BYTES) {
+        isSending = true;
         await host.send(Buffer.concat(messages));
+        isSending = false;
+        isBegun = true;
         messages = [];
         bytes = 0;
       }
       if (slice.isOver) await slice.next();
     }
   } catch (error) {
-    // The error may be that the client is gone: the next send will show it.
-    if (count > 0) throw error;
-    const { type, message } = refusal(host, error);
+    // The client is gone.
+    if (isSending) throw error;
+    const { type, message } = refusal(host, error, 'list');
+    // After the first entries the client could take an error for the end of the list.
+    if (isBegun) throw new Error(`the list of exports ended with an error: ${message}`, { cause: error });
     return reply(host, OPT.LIST, type, message);
   }
   host.clock.listed(count);
   messages.push(encodeOptionReply(OPT.LIST, REP.ACK));
   await host.send(Buffer.concat(messages));
+}
+
+/** An entry of the provider's list as it can be sent; undefined, and the first one is reported, if it cannot be. */
+function listable(host: HandshakeHost, entry: unknown, unfitSoFar: number): ExportInfo | undefined {
+  try {
+    return checkedInfo(entry);
+  } catch (error) {
+    if (unfitSoFar === 0) host.export.failed(error, { source: 'provider', method: 'list' });
+    return undefined;
+  }
 }
 
 export async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<void> {
@@ -126,7 +156,7 @@ export async function answerInfo(host: HandshakeHost, agreed: Negotiation, data:
   try {
     described = await describeExport(host, query.name);
   } catch (error) {
-    const { type, message } = refusal(host, error, query.name);
+    const { type, message } = refusal(host, error, 'describe', query.name);
     await reply(host, OPT.INFO, type, message);
     return;
   }
@@ -148,7 +178,7 @@ export async function answerGo(
   try {
     opened = await openChecked(host, query.name);
   } catch (error) {
-    const { type, message } = refusal(host, error, query.name);
+    const { type, message } = refusal(host, error, 'open', query.name);
     await reply(host, OPT.GO, type, message);
     return undefined;
   }
@@ -203,30 +233,4 @@ function encodeInfos(
   const messages = infos.map((data) => encodeOptionReply(option, REP.INFO, data));
   messages.push(encodeOptionReply(option, REP.ACK));
   return Buffer.concat(messages);
-}
-
-/**
- * The answer to an error of the provider; it is remembered if it concerns an export. Anything but an ExportError is a bug: it
- * is reported, its text not sent.
- */
-function refusal(
-  host: HandshakeHost,
-  error: unknown,
-  exportName?: string,
-): { readonly type: number; readonly message: string } {
-  const isExpected = error instanceof ExportError;
-  const message = isExpected ? error.message : 'the export cannot be opened: internal error';
-  if (exportName !== undefined) host.export.refused = exportName;
-  if (!isExpected) {
-    host.export.unexpected(error);
-    return { type: REP.ERR_UNKNOWN, message };
-  }
-  const type = {
-    UNKNOWN: REP.ERR_UNKNOWN,
-    POLICY: REP.ERR_POLICY,
-    TLS_REQUIRED: REP.ERR_TLS_REQD,
-    SHUTDOWN: REP.ERR_SHUTDOWN,
-    FAILED: REP.ERR_UNKNOWN,
-  };
-  return { type: type[error.code], message };
 }

@@ -6,7 +6,7 @@
 import { ExportError } from '../block-device.js';
 import type { Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
-import { isPromise } from './requests-in-flight.js';
+import { promiseOf } from './promised.js';
 import { LONGEST_TIMER_MS } from './timers.js';
 
 export class HandshakeClock {
@@ -56,7 +56,8 @@ export class HandshakeClock {
    * and its result is discarded. Errors: those of the work; ExportError FAILED: it takes too long.
    */
   async during<T>(doing: string, work: T | Promise<T>): Promise<T> {
-    if (!isPromise(work)) return work;
+    const later = promiseOf(work) as Promise<T> | undefined;
+    if (later === undefined) return work;
     this.#doing = doing;
     this.#doingSince = this.#time.now();
     this.#wait();
@@ -64,7 +65,7 @@ export class HandshakeClock {
       this.#giveUp = reject;
     });
     try {
-      return await Promise.race([work, timeUp]);
+      return await Promise.race([later, timeUp]);
     } finally {
       this.#doing = undefined;
       const took = this.#time.now() - this.#doingSince;

@@ -4,6 +4,7 @@
  */
 
 import type { ExportInfo, ExportProvider, Geometry, Peer } from '../block-device.js';
+import type { AnyDevice } from '../device.js';
 import type { ByteReader } from '../protocol/byte-reader.js';
 import type { TlsMode } from '../protocol/tls.js';
 import type { Negotiated } from '../protocol/wire.js';
@@ -15,7 +16,7 @@ import type { Limits } from './limits.js';
 /** What the handshake needs of its connection. */
 export interface HandshakeHost {
   readonly peer: Peer;
-  readonly provider: ExportProvider;
+  readonly provider: ExportProvider<AnyDevice>;
   readonly limits: Limits;
   readonly reader: ByteReader;
   readonly clock: HandshakeClock;

@@ -134,7 +134,7 @@ export function peerOf(
 ): Peer {
   const address = listener.address();
   if (address === null || typeof address === 'string') {
-    const credentials = credentialsOf?.(socket);
+    const credentials = checkedCredentials(credentialsOf?.(socket));
     return { transport: 'unix', address: pathOf(options), ...(credentials !== undefined && { credentials }) };
   }
   const remote = socket.remoteAddress ?? 'unknown';
@@ -143,6 +143,14 @@ export function peerOf(
       ? remote.slice(IPV4_MAPPED.length)
       : remote;
   return { transport: 'tcp', address: `${remote}:${socket.remotePort ?? 0}`, host };
+}
+
+/** Errors: TypeError if they name no user: connections are counted, and rights are given, by it. */
+function checkedCredentials(given: unknown): PeerCredentials | undefined {
+  if (given === undefined || given === null) return undefined;
+  const uid: unknown = typeof given === 'object' && 'uid' in given ? given.uid : undefined;
+  if (typeof uid === 'number' && Number.isInteger(uid)) return given as PeerCredentials;
+  throw new TypeError('peerCredentials returned neither undefined nor an object with the number uid');
 }
 
 async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {

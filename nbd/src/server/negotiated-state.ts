@@ -4,10 +4,11 @@
  * announced to the client.
  */
 
-import { ExportError, type ExportProvider, type Geometry, type Peer, type PeerCredentials } from '../block-device.js';
-import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
-import { openChecked } from './checked-export.js';
+import type { Geometry, Peer, PeerCredentials } from '../block-device.js';
 import { completeGeometry } from '../device.js';
+import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
+import { describeExport, openChecked } from './checked-export.js';
+import { refusalOf } from './export-refusal.js';
 import type { HandshakeClock } from './handshake-clock.js';
 import type { HandshakeHost, HandshakeOutcome } from './handshake-host.js';
 
@@ -44,7 +45,7 @@ export class HandOverError extends Error {
 /** What reopening needs of its connection. */
 export interface ReopenHost extends Pick<HandshakeHost, 'export' | 'isShuttingDown'> {
   readonly peer: Peer;
-  readonly provider: ExportProvider;
+  readonly provider: HandshakeHost['provider'];
   readonly clock: HandshakeClock;
 }
 
@@ -72,9 +73,9 @@ export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<
       geometry: completeGeometry(state.geometry),
     };
   } catch (error) {
-    if (error instanceof ExportError) return close(error.message);
-    host.export.unexpected(error);
-    return close('internal error');
+    const { type, message, isExpected } = refusalOf(error);
+    if (type === undefined) host.export.failed(error, { source: 'provider', method: 'open', exportName }, isExpected);
+    return close(message);
   }
 }
 
@@ -84,9 +85,8 @@ async function missingContext(
 ): Promise<string | undefined> {
   const names = negotiated.metaContexts.map(({ name }) => name);
   if (names.length === 0) return undefined;
-  const described = host.export.describe(exportName, host.peer, names);
-  const { geometry } = await host.clock.during(`described the export ${JSON.stringify(exportName)}`, described);
-  const missing = names.find((name) => geometry.contexts?.includes(name) !== true);
+  const { geometry } = await describeExport(host, exportName, names);
+  const missing = names.find((name) => !geometry.contexts.includes(name));
   return missing === undefined ? undefined : `it no longer has the meta context ${missing}`;
 }
 

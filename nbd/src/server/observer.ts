@@ -3,7 +3,8 @@
  * library depends on an observer.
  */
 
-import type { Peer } from '../block-device.js';
+import type { DeviceErrorCode, Peer } from '../block-device.js';
+import type { commandName } from '../protocol/wire.js';
 
 /** The present state of a connection. */
 export interface ConnectionInfo {
@@ -69,6 +70,8 @@ export interface RequestEvent {
   readonly id: number;
   /** NBD_CMD_* number. */
   readonly type: number;
+  /** Its name, as in COMMAND_NAMES. */
+  readonly command: ReturnType<typeof commandName>;
   /** NBD_CMD_FLAG_* bits. */
   readonly flags: number;
   readonly offset: number;
@@ -77,7 +80,51 @@ export interface RequestEvent {
   readonly refusedWith: number;
 }
 
-/** Callbacks of a server, all optional. They must not throw: their errors are not caught. */
+/** A request that was answered. */
+export interface RequestDoneEvent {
+  readonly id: number;
+  /** Its name, as in COMMAND_NAMES. */
+  readonly command: ReturnType<typeof commandName>;
+  /** NBD_CMD_FLAG_* bits. */
+  readonly flags: number;
+  readonly offset: number;
+  readonly length: number;
+  /** From the call of the device to its answer, milliseconds with a fraction; 0 if the device was not called. */
+  readonly durationMs: number;
+  /** The error that the client got; undefined: it succeeded. */
+  readonly error: DeviceErrorCode | undefined;
+  /** The server refused it, and the device was not called. */
+  readonly isRefused: boolean;
+}
+
+/** Where an error came from. Fields that do not apply are undefined. */
+export interface ErrorContext {
+  /** The id of the connection. */
+  readonly id?: number | undefined;
+  readonly peer?: Peer | undefined;
+  readonly exportName?: string | undefined;
+  /**
+   * What failed: a method of a device, or of the provider; an observer; another callback of the options (`prepareSocket`,
+   * a serving loop, …); the server itself.
+   */
+  readonly source: 'device' | 'provider' | 'observer' | 'callback' | 'server';
+  /** The method or callback, for example 'read' or 'prepareSocket'. */
+  readonly method?: string | undefined;
+  /** The command of a failed request, as in COMMAND_NAMES, and its range, bytes. */
+  readonly command?: ReturnType<typeof commandName> | undefined;
+  readonly offset?: number | undefined;
+  readonly length?: number | undefined;
+  /**
+   * A DeviceError, an error of the system that NBD has a value for, or an ExportError: the client was told what has happened.
+   * False: it is a bug, and the client got EIO without its text.
+   */
+  readonly expected: boolean;
+}
+
+/**
+ * Callbacks of a server, all optional. What they throw, or reject with, ends nothing: it becomes a process warning. They may
+ * be called from inside a request, so they should be quick.
+ */
 export interface ServerObserver {
   /** A client has chosen an export and may send requests. */
   onConnectionOpen?(event: ConnectionOpenEvent): void;
@@ -86,12 +133,18 @@ export interface ServerObserver {
    * violations its socket may stay open for a while (Limits.maxViolationDelayMs).
    */
   onConnectionClose?(event: ConnectionCloseEvent): void;
-  /** A connection was closed at once, since there are too many. */
+  /** A connection was closed at once: there are too many, or it could not be served. */
   onConnectionRefused?(event: ConnectionRefusedEvent): void;
-  /** Every request, for debugging. Costs nothing while it is not set. */
+  /** Every request as received, for debugging. Costs nothing if the server was made without it. */
   onRequest?(event: RequestEvent): void;
-  /** A device or provider threw something that is neither a DeviceError nor an ExportError: a bug, answered EIO. */
-  onDeviceError?(error: unknown, context: { readonly id: number; readonly exportName: string | undefined }): void;
+  /** Every request that was answered, with its time and its error. Costs nothing if the server was made without it. */
+  onRequestDone?(event: RequestDoneEvent): void;
+  /**
+   * A device, the provider, or another callback failed: everything that they throw or reject with, except answers
+   * (ExportErrors other than FAILED, and ENOTSUP to a request with FAST_ZERO). Without this callback every error becomes a
+   * process warning of the type NbdServerWarning, at most one a second.
+   */
+  onError?(error: unknown, context: ErrorContext): void;
   /** A listener failed to accept (out of file descriptors, for example); it continues to listen. */
   onListenerError?(error: Error): void;
 }

@@ -5,6 +5,7 @@
 
 import { STATE_ZERO, type ExtentSink } from '../block-device.js';
 import { REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
+import { isExtentLength } from './block-status.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
 /** For shorter reads the device is not asked for holes, bytes. */
@@ -28,6 +29,8 @@ export class ReadPlan {
   /** The end of the extents reported so far. */
   #covered: number;
   #zerosFrom: number | undefined;
+  /** The device may still call the sink, which then has no effect. */
+  #isFinished = false;
   readonly #parts: Part[] = [];
   /** `parts` covers everything before this offset. */
   #planned: number;
@@ -45,7 +48,8 @@ export class ReadPlan {
 
   /** For BlockDevice.extents. Ranges not reported, or reported out of order, count as data. */
   readonly sink: ExtentSink = (offset, length, flags) => {
-    if (offset !== this.#covered || !(length > 0)) return false;
+    if (this.#isFinished || offset !== this.#covered || !isExtentLength(length)) return false;
+    if (!Number.isSafeInteger(flags)) return false;
     const isZero = (flags & STATE_ZERO) !== 0;
     if (isZero) this.#zerosFrom ??= offset;
     else this.#endZeros();
@@ -63,6 +67,8 @@ export class ReadPlan {
 
   /** The parts in ascending order, covering the whole range. */
   finish(): readonly Part[] {
+    if (this.#isFinished) return this.#parts;
+    this.#isFinished = true;
     this.#endZeros();
     this.#addData(this.#end);
     return this.#parts;

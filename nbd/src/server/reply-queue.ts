@@ -8,7 +8,8 @@
 
 import type { Duplex } from 'node:stream';
 import { LARGE_BYTES, OWN_BYTES, type Block, type BufferPool, type MemoryAccount } from './buffer-pool.js';
-import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
+import { encodeString, NBD_ERRNO, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
+import type { Failure } from './failure.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
 /** Most slabs of one connection; when slow reads pin so many, each further reply gets a block of its own. */
@@ -20,15 +21,6 @@ const FLUSH_AT_BYTES = 256 * 1024;
 const MAX_ERROR_MESSAGE_BYTES = 256;
 /** In front of an error chunk's message: the error value and the message's length. */
 const ERROR_PAYLOAD_HEAD = 6;
-
-/** Why a request failed, for its reply. */
-export interface Failure {
-  /** NBD error value, not 0. */
-  readonly errno: number;
-  readonly message: string;
-  /** The offset of the failure within the request's range, if known. */
-  readonly offset?: number | undefined;
-}
 
 /** Bytes [start, end) of a block, ready to leave. Holds one pin of the block. */
 interface Piece {
@@ -93,8 +85,10 @@ export class ReplyQueue {
   }
 
   /** A request failed. */
-  error(to: Addressee, { errno, message, offset }: Failure): void {
+  error(to: Addressee, failure: Failure): void {
     if (this.#isClosed) return;
+    const { message, offset } = failure;
+    const errno = sentErrno(failure.errno);
     if (this.#encoder.chunkHeaderSize === 0) {
       const size = this.#encoder.doneSize;
       const block = this.#reserve(size);
@@ -396,4 +390,9 @@ export class ReplyQueue {
     this.#readBlock = undefined;
     return block;
   }
+}
+
+/** The error value as it is sent: never 0, which would say that the request has succeeded, and nothing that has no 32 bits. */
+function sentErrno(errno: number): number {
+  return Number.isInteger(errno) && errno > 0 && errno <= 0xffff_ffff ? errno : NBD_ERRNO.EIO;
 }

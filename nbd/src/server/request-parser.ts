@@ -5,7 +5,14 @@
  * The loop runs once per request: a request that the device answers synchronously allocates nothing here.
  */
 
-import { CMD, EXTENDED_REQUEST_SIZE, MAX_PAYLOAD, NBD_ERRNO, REQUEST_HEADER_SIZE } from '../protocol/wire.js';
+import {
+  CMD,
+  commandName,
+  EXTENDED_REQUEST_SIZE,
+  MAX_PAYLOAD,
+  NBD_ERRNO,
+  REQUEST_HEADER_SIZE,
+} from '../protocol/wire.js';
 import type { BackPressure } from './back-pressure.js';
 import type { Block, MemoryAccount } from './buffer-pool.js';
 import type { Dispatch } from './dispatch.js';
@@ -174,6 +181,7 @@ export class RequestParser {
       } else if (request.length === 0 && request.type !== CMD.FLUSH) {
         if (request.type === CMD.READ) this.#replies.doneEmptyRead(request);
         else this.#dispatch.succeed(request);
+        this.#inFlight.answered(request, 0);
       } else if (!this.#hasMemory()) {
         backPressure.waitForMemory(this.memoryNeeded(), chunk.subarray(at));
         return;
@@ -241,8 +249,8 @@ export class RequestParser {
   }
 
   #refuse(refusal: Refusal): void {
-    this.#inFlight.errors++;
     this.#replies.error(this.#request, refusal);
+    this.#inFlight.answered(this.#request, refusal.errno);
   }
 
   #violation(reason: string): void {
@@ -256,6 +264,7 @@ export class RequestParser {
     this.#host.observer.onRequest?.({
       id: this.#host.id,
       type,
+      command: commandName(type),
       flags,
       offset,
       length,

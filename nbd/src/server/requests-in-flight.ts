@@ -1,11 +1,10 @@
 /**
  * The requests of one connection that its device works on: their number, their memory, and the results of those that are done.
- * It owns these counts and the translation of a device's errors; it calls no device.
+ * It owns these counts, and tells the observer of results and errors; it calls no device.
  */
 
-import { DeviceError } from '../block-device.js';
-import { CMD_FLAG, NBD_ERRNO } from '../protocol/wire.js';
-import type { Failure } from './reply-queue.js';
+import { CMD, commandName, errorName, NBD_ERRNO } from '../protocol/wire.js';
+import { failureOf, type Asked, type Failure } from './failure.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 const GIVEN_UP: Failure = Object.freeze({ errno: NBD_ERRNO.EIO, message: 'the client seemed to be gone' });
@@ -19,6 +18,8 @@ export class RequestsInFlight {
   /** Data of reads and writes that succeeded, bytes. */
   bytesRead = 0;
   bytesWritten = 0;
+  /** Whether somebody wants to know of each request that is done: only then their times are taken. */
+  readonly areObserved: boolean;
 
   readonly #host: TransmissionHost;
 
@@ -28,6 +29,7 @@ export class RequestsInFlight {
     readonly settled: () => void,
   ) {
     this.#host = host;
+    this.areObserved = host.observer.onRequestDone !== undefined;
   }
 
   begin(bytes: number): void {
@@ -40,28 +42,45 @@ export class RequestsInFlight {
     this.bytes -= bytes;
   }
 
-  /** The failure to send for an error of the device. Anything but a DeviceError is a bug: it is reported, its text not sent. */
-  failureOf(
-    error: unknown,
-    asked: { readonly flags: number; readonly offset: number; readonly length: number },
-  ): Failure {
+  /** The failure to send for an error of the device, which is reported. Never throws. */
+  failureOf(error: unknown, asked: Asked): Failure {
     // Work that is given up for a client that is gone is no error, and nobody gets the answer.
     if (this.#host.clientSignal.isCauseOf(error)) return GIVEN_UP;
-    if (!(error instanceof DeviceError)) {
-      this.#host.observer.onDeviceError?.(error, { id: this.#host.id, exportName: this.#host.exportName });
-      return { errno: NBD_ERRNO.EIO, message: 'internal error of the export' };
+    const failure = failureOf(error, asked);
+    const { id, peer, exportName, observer } = this.#host;
+    // ENOTSUP goes out only to a client that asks whether zeroing is fast: it is an answer.
+    if (failure.errno !== NBD_ERRNO.ENOTSUP) {
+      const hasRange = asked.type !== CMD.FLUSH;
+      observer.onError(error, {
+        ...{ id, peer, exportName, source: 'device', command: commandName(asked.type) },
+        ...(hasRange && { offset: asked.offset, length: asked.length }),
+        expected: failure.isExpected,
+      });
     }
-    const { code, message } = error;
-    // "The server SHOULD NOT return ENOTSUP except … when FAST_ZERO is supported"; "MUST NOT" without the flag.
-    const isUnexpected = code === 'ENOTSUP' && (asked.flags & CMD_FLAG.FAST_ZERO) === 0;
-    // "an offset, which MUST lie within the original offset and length of the request"
-    const at = error.offset;
-    const isInside = at !== undefined && at >= asked.offset && at - asked.offset < asked.length;
-    return { errno: isUnexpected ? NBD_ERRNO.EINVAL : NBD_ERRNO[code], message, offset: isInside ? at : undefined };
+    return failure;
   }
-}
 
-/** Whether a device answers later. */
-export function isPromise(answer: unknown): answer is Promise<unknown> {
-  return answer instanceof Promise || (typeof answer === 'object' && answer !== null && 'then' in answer);
+  /** When a request begins, for `done`. */
+  get now(): number {
+    return this.areObserved ? performance.now() : 0;
+  }
+
+  /** A request is answered. Only to be called if `areObserved`. `errno`: 0 for success. */
+  done(asked: Asked, startedAt: number, errno: number): void {
+    this.#tell(asked, performance.now() - startedAt, errno, false);
+  }
+
+  /** A request is answered without the device: refused with `errno`, or one of no bytes. */
+  answered(asked: Asked, errno: number): void {
+    if (errno !== 0) this.errors++;
+    if (this.areObserved) this.#tell(asked, 0, errno, errno !== 0);
+  }
+
+  #tell({ type, flags, offset, length }: Asked, durationMs: number, errno: number, isRefused: boolean): void {
+    const error = errno === 0 ? undefined : errorName(errno);
+    const range = { offset, length };
+    this.#host.observer.onRequestDone?.({
+      ...{ id: this.#host.id, command: commandName(type), flags, ...range, durationMs, error, isRefused },
+    });
+  }
 }

@@ -7,6 +7,7 @@
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
+import type { AnyDevice } from '../device.js';
 import type { ServerTls, TlsMode } from '../protocol/tls.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
@@ -22,14 +23,16 @@ import {
   type ListenTarget,
 } from './listening.js';
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
+import { GuardedObserver } from './guarded-observer.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import { promiseOf } from './promised.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 import { unlessAborted, within } from './timers.js';
 
 /** What a server serves, and how. Only the provider is required. */
 export interface ServerOptions {
-  readonly provider: ExportProvider;
+  readonly provider: ExportProvider<AnyDevice>;
   /** Receives the server's events; see ServerObserver. */
   readonly observer?: ServerObserver;
   /** Limits other than DEFAULT_LIMITS. */
@@ -39,11 +42,15 @@ export interface ServerOptions {
    * it.
    */
   readonly tls?: ServerTls;
-  /** Asks the kernel for the process at the other end of a unix socket; undefined if unknown. */
+  /**
+   * Asks the kernel for the process at the other end of a unix socket; undefined if unknown. If it throws, or gives something
+   * else, the connection is refused, and the error is reported.
+   */
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
   /**
    * Called for every socket that a listener accepts, before it is served: for socket options that Node does not have. If the
-   * connection is served in this thread, this object is its socket until it is closed.
+   * connection is served in this thread, this object is its socket until it is closed. If it throws, the connection is
+   * refused, and the error is reported.
    */
   readonly prepareSocket?: (socket: net.Socket) => void;
   /**
@@ -73,7 +80,7 @@ const FORCED_CLOSE_WAIT_MS = 1_000;
  */
 export class NbdServer {
   readonly #limits: Limits;
-  readonly #observer: ServerObserver;
+  readonly #observer: GuardedObserver;
   readonly #peerCredentials: ServerOptions['peerCredentials'];
   readonly #prepareSocket: ServerOptions['prepareSocket'];
   readonly #tlsMode: TlsMode | undefined;
@@ -93,7 +100,8 @@ export class NbdServer {
 
   /** Errors: RangeError (a limit is invalid, or too little memory for so many loops). */
   constructor(options: ServerOptions) {
-    const { provider, observer = {}, tls } = options;
+    const { provider, tls } = options;
+    const observer = GuardedObserver.of(options.observer);
     this.#observer = observer;
     this.#tlsMode = tls?.mode;
     this.#limits = limitsFrom(options.limits);
@@ -155,7 +163,7 @@ export class NbdServer {
       listener.close();
       throw error;
     }
-    listener.on('error', (error) => this.#observer.onListenerError?.(error));
+    listener.on('error', (error) => this.#observer.onListenerError(error));
     this.#listeners.add(listener);
     if (bound.transport === 'unix') this.#admission.keepsRoomForUnix = true;
     return bound;
@@ -169,8 +177,44 @@ export class NbdServer {
   #accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {
     const loop = this.#nextLoop();
     const socket = loop === this.#here ? this.#here.prepare(accepted) : accepted;
-    this.#prepareSocket?.(socket);
-    this.#serve(loop, socket, peerOf(socket, listener, options, this.#peerCredentials));
+    const peer = this.#peerOf(socket, listener, options);
+    if (peer !== undefined && this.#prepare(socket, peer)) this.#serve(loop, socket, peer);
+  }
+
+  /** The peer of an accepted socket; undefined, and the connection is refused, if `peerCredentials` fails. */
+  #peerOf(socket: net.Socket, listener: net.Server, options: ListenOptions): Peer | undefined {
+    try {
+      return peerOf(socket, listener, options, this.#peerCredentials);
+    } catch (error) {
+      this.#refuseFailed(socket, peerOf(socket, listener, options, undefined), 'peerCredentials', error);
+      return undefined;
+    }
+  }
+
+  /** Whether the program's `prepareSocket` has succeeded; otherwise the connection is refused. */
+  #prepare(socket: net.Socket, peer: Peer): boolean {
+    const report = (error: unknown): void =>
+      this.#observer.onError(error, { peer, source: 'callback', method: 'prepareSocket', expected: false });
+    try {
+      const answer: unknown = this.#prepareSocket?.(socket);
+      if (answer !== undefined) promiseOf(answer)?.then(undefined, report);
+      return true;
+    } catch (error) {
+      this.#refuseFailed(socket, peer, 'prepareSocket', error);
+      return false;
+    }
+  }
+
+  /** A callback of the program has failed: the connection is not served. */
+  #refuseFailed(socket: Duplex, peer: Peer, method: string, error: unknown): void {
+    this.#observer.onError(error, { peer, source: 'callback', method, expected: false });
+    this.#refuse(socket, peer, `${method} failed`);
+  }
+
+  #refuse(socket: Duplex, peer: Peer, reason: string): void {
+    socket.on('error', () => undefined);
+    socket.destroy();
+    this.#observer.onConnectionRefused({ peer, reason });
   }
 
   /**
@@ -200,7 +244,7 @@ export class NbdServer {
     socket.allowHalfOpen = true;
     const loop = this.#nextLoop();
     const served = loop === this.#here ? this.#here.prepare(socket) : socket;
-    this.#prepareSocket?.(served);
+    if (!this.#prepare(served, state.peer)) return undefined;
     return this.#serve(loop, served, state.peer, state);
   }
 
@@ -285,21 +329,33 @@ export class NbdServer {
     const offender = peerKey(peer);
     const place = this.#placeFor(offender, peer);
     if (typeof place === 'string') {
-      socket.on('error', () => undefined);
-      socket.destroy();
-      this.#observer.onConnectionRefused?.({ peer, reason: place });
+      this.#refuse(socket, peer, place);
       return undefined;
     }
     const id = this.#nextId++;
     const progress = place ?? this.#internalProgress();
-    const connection = serve({ id, peer, progress, offender });
+    let connection: ServedConnection;
+    let over: Promise<unknown>;
+    try {
+      connection = serve({ id, peer, progress, offender });
+      // A loop of the program's own may give anything.
+      over = Promise.resolve(connection.over);
+    } catch (error) {
+      progress.left?.();
+      this.#refuseFailed(socket, peer, 'serve', error);
+      return undefined;
+    }
     this.#open.set(id, connection);
     if (place !== undefined) place.occupant = connection;
     if (loop !== undefined) this.#count(loop, 1);
-    void connection.over.then(() => {
+    const ended = (): void => {
       this.#open.delete(id);
       progress.left?.();
       if (loop !== undefined) this.#count(loop, -1);
+    };
+    over.then(ended, (error: unknown) => {
+      this.#observer.onError(error, { id, peer, source: 'server', method: 'serve', expected: false });
+      ended();
     });
     return id;
   }
@@ -408,13 +464,11 @@ export class NbdServer {
   }
 
   #reportUnfinished({ unfinished }: Unfinished): void {
-    for (const { id, exportName, inFlight } of unfinished) {
+    for (const { id, peer, exportName, inFlight } of unfinished) {
       const waitsFor =
         inFlight === 0 ? 'its export to open or close' : `${inFlight} requests that its device has not finished`;
-      this.#observer.onDeviceError?.(new Error(`the server was closed, but this connection waits for ${waitsFor}`), {
-        id,
-        exportName,
-      });
+      const error = new Error(`the server was closed, but this connection waits for ${waitsFor}`);
+      this.#observer.onError(error, { id, peer, exportName, source: 'server', method: 'close', expected: true });
     }
   }
 

@@ -3,15 +3,18 @@
  * device for holes, and the reads of the data parts; read-plan.ts lays out the reply.
  */
 
-import { ALLOCATION_CONTEXT, type Awaitable } from '../block-device.js';
-import { CMD_FLAG } from '../protocol/wire.js';
+import { ALLOCATION_CONTEXT } from '../block-device.js';
+import { CMD, CMD_FLAG } from '../protocol/wire.js';
+import { readShortfall } from '../transferred.js';
 import type { MemoryAccount } from './buffer-pool.js';
-import type { ServedDevice } from './geometry.js';
+import type { Asked, Failure } from './failure.js';
+import { fillsBuffer, type ServedDevice } from './geometry.js';
+import { promiseOf } from './promised.js';
 import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
 import { addresseeOf, type Addressee, type ReplyEncoder } from './reply-encoder.js';
-import type { Failure, ReplyQueue } from './reply-queue.js';
+import type { ReplyQueue } from './reply-queue.js';
 import type { Request, RequestRules } from './request.js';
-import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
+import type { RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 /**
@@ -25,6 +28,9 @@ export class SparseReads {
   /** Whether the client takes holes, and whether the device reports them. */
   readonly areAllowed: boolean;
   readonly #knowsHoles: boolean;
+  readonly #clearsFirst: boolean;
+  /** Until its isHole answers with something else than true or false. */
+  #asksIsHole = true;
   /** Long reads until the device is asked for holes again, and the interval used last. */
   #readsNotToAsk = 0;
   #askInterval = 0;
@@ -47,6 +53,7 @@ export class SparseReads {
   ) {
     this.#host = host;
     this.#device = device;
+    this.#clearsFirst = !fillsBuffer(device);
     this.#account = account;
     this.#inFlight = inFlight;
     this.#encoder = encoder;
@@ -59,9 +66,12 @@ export class SparseReads {
   begin(request: Request): boolean {
     const device = this.#device;
     const { offset, length } = request;
-    if (device.isHole !== undefined && device.isHole(offset, length)) {
-      this.#inFlight.bytesRead += length;
+    const inFlight = this.#inFlight;
+    const startedAt = inFlight.now;
+    if (this.#asksIsHole && this.#isHole(request)) {
+      inFlight.bytesRead += length;
       this.#replies.hole(request, offset, length);
+      if (inFlight.areObserved) inFlight.done(request, startedAt, 0);
       return true;
     }
     // "DF … the server MUST send at most one content chunk"
@@ -71,21 +81,46 @@ export class SparseReads {
       return false;
     }
     const plan = new ReadPlan(offset, length);
-    let answer: Awaitable<void>;
+    let extents: Promise<unknown> | undefined;
     try {
-      answer = device.extents(ALLOCATION_CONTEXT, offset, length, plan.sink, this.#host.clientSignal.signal);
+      const answer: unknown = device.extents(
+        ALLOCATION_CONTEXT,
+        offset,
+        length,
+        plan.sink,
+        this.#host.clientSignal.signal,
+      );
+      if (answer !== undefined) extents = promiseOf(answer);
+    } catch (error) {
+      plan.forget();
+      inFlight.failureOf(error, request);
+      return false;
+    }
+    if (extents === undefined) {
+      const parts = plan.finish();
+      if (parts.length === 1 && parts[0]?.isHole === false) return false;
+    }
+    const asked = { type: CMD.READ, flags: request.flags, offset, length };
+    void this.#readInParts(addresseeOf(request), plan, extents, asked, startedAt);
+    return true;
+  }
+
+  /** What the device's isHole answers; false if it fails, since it may still be able to read. */
+  #isHole(request: Request): boolean {
+    const device = this.#device;
+    try {
+      if (device.isHole === undefined) return false;
+      const answer: unknown = device.isHole(request.offset, request.length);
+      if (typeof answer === 'boolean') return answer;
+      // Most likely a promise, which counts as true in a condition.
+      this.#asksIsHole = false;
+      const asked = { type: request.type, flags: request.flags, offset: request.offset, length: request.length };
+      promiseOf(answer)?.then(undefined, (error: unknown) => this.#inFlight.failureOf(error, asked));
+      throw new TypeError(`isHole returned a value of type ${typeof answer}; it must return true or false at once`);
     } catch (error) {
       this.#inFlight.failureOf(error, request);
       return false;
     }
-    if (answer !== undefined && isPromise(answer)) {
-      void this.#readInParts(addresseeOf(request), plan, answer, request.flags, offset, length);
-      return true;
-    }
-    const parts = plan.finish();
-    if (parts.length === 1 && parts[0]?.isHole === false) return false;
-    void this.#readInParts(addresseeOf(request), plan, undefined, request.flags, offset, length);
-    return true;
   }
 
   /** Read the data parts, each into its chunk, and send all chunks together. */
@@ -93,11 +128,11 @@ export class SparseReads {
     to: Addressee,
     plan: ReadPlan,
     extents: Promise<unknown> | undefined,
-    flags: number,
-    offset: number,
-    length: number,
+    asked: Asked,
+    startedAt: number,
   ): Promise<void> {
     const inFlight = this.#inFlight;
+    const { length } = asked;
     // There is room for all of it. How much it needs is known when the extents are known.
     this.#host.pool.claim(this.#account, length);
     inFlight.begin(length);
@@ -106,7 +141,7 @@ export class SparseReads {
         await extents;
       } catch (error) {
         // A device that fails to report extents may still be able to read.
-        inFlight.failureOf(error, { flags, offset, length });
+        inFlight.failureOf(error, asked);
         plan.forget();
       }
     }
@@ -120,7 +155,7 @@ export class SparseReads {
     this.#host.pool.unclaim(this.#account, length);
     const block = this.#replies.beginParts(bytes);
     const data = layParts(block.buffer, parts, to, this.#encoder);
-    const failure = await this.#readParts(parts, data, flags);
+    const failure = await this.#readParts(parts, data, asked);
     inFlight.end(length);
     if (failure === undefined) {
       inFlight.bytesRead += length;
@@ -130,23 +165,31 @@ export class SparseReads {
       this.#replies.dropParts(block);
       this.#replies.error(to, failure);
     }
+    if (inFlight.areObserved) inFlight.done(asked, startedAt, failure?.errno ?? 0);
     inFlight.settled();
   }
 
   /** The first failure by offset, or undefined. Resolves when all reads have ended: until then they use their memory. */
-  async #readParts(parts: readonly Part[], data: readonly Buffer[], flags: number): Promise<Failure | undefined> {
+  async #readParts(parts: readonly Part[], data: readonly Buffer[], asked: Asked): Promise<Failure | undefined> {
     const dataParts = parts.filter(({ isHole }) => !isHole);
     const results = await Promise.allSettled(
-      data.map(async (into, index) =>
-        this.#device.read(dataParts[index]?.offset ?? 0, into, this.#host.clientSignal.signal),
-      ),
+      data.map((into, index) => this.#readPart(dataParts[index]?.offset ?? 0, into)),
     );
     const failed = results.findIndex(({ status }) => status === 'rejected');
     const result = results[failed];
     const part = dataParts[failed];
     if (result?.status !== 'rejected' || part === undefined) return undefined;
-    const failure = this.#inFlight.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
+    const failure = this.#inFlight.failureOf(result.reason, { ...asked, offset: part.offset, length: part.length });
     // The parts before the failed one were read.
     return { ...failure, offset: failure.offset ?? part.offset };
+  }
+  /** Errors: what the device fails with; Error if it has read less than it was asked to. */
+  async #readPart(offset: number, into: Buffer): Promise<void> {
+    if (this.#clearsFirst) into.fill(0);
+    const answer: unknown = this.#device.read(offset, into, this.#host.clientSignal.signal);
+    const result = await (promiseOf(answer) ?? answer);
+    if (result === undefined || result === into.length) return;
+    const shortfall = readShortfall(result, into);
+    if (shortfall !== undefined) throw new Error(shortfall);
   }
 }

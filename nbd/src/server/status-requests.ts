@@ -3,7 +3,7 @@
  * loop in between. It owns their order and their memory; block-status.ts collects and cuts the extents.
  */
 
-import { CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
+import { CMD, CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
 import {
   blockStatusMemory,
   isWideContext,
@@ -14,12 +14,14 @@ import {
   type ExtentCollector,
 } from './block-status.js';
 import type { Block, MemoryAccount } from './buffer-pool.js';
+import type { Failure } from './failure.js';
 import type { ServedDevice } from './geometry.js';
 import { UNITS_PER_LOOK, type LoopTask, type LoopUser } from './loop-share.js';
+import { promiseOf } from './promised.js';
 import { addresseeOf, type Addressee } from './reply-encoder.js';
-import type { Failure, ReplyQueue } from './reply-queue.js';
+import type { ReplyQueue } from './reply-queue.js';
 import { wantedContexts, type Request, type RequestRules } from './request.js';
-import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
+import type { RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 /** One block status in flight. */
@@ -28,6 +30,7 @@ class StatusRequest implements LoopTask {
   next = 0;
   /** The collector that the device fills. */
   collector: ExtentCollector | undefined;
+  readonly type = CMD.BLOCK_STATUS;
   readonly flags: number;
   readonly offset: number;
   readonly length: number;
@@ -44,6 +47,8 @@ class StatusRequest implements LoopTask {
     readonly memory: number,
     /** Taken instead. */
     readonly own: Block | undefined,
+    /** When it began, if somebody wants to know. */
+    readonly startedAt: number,
   ) {
     this.#owner = owner;
     this.flags = flags;
@@ -118,7 +123,7 @@ export class StatusRequests {
     this.#inFlight.begin(memory);
     const isReqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
     const status = new StatusReply(offset, length, contexts.length, isReqOne, most);
-    new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own).goOn();
+    new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own, this.#inFlight.now).goOn();
   }
 
   /** For StatusRequest only: ask for the contexts from `asked.next` on, until its turn of the loop is over. */
@@ -139,10 +144,18 @@ export class StatusRequests {
           }
           const { name } = contexts[asked.next] as SelectedContext;
           collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
-          const answer = device.extents(name, offset, status.length, collector.sink, this.#host.clientSignal.signal);
-          if (answer !== undefined && isPromise(answer)) {
-            asked.collector = collector;
-            answer.then(asked.goOn, asked.fail);
+          // Set first: whatever happens in the device, its sink ends with the request.
+          asked.collector = collector;
+          const answer: unknown = device.extents(
+            name,
+            offset,
+            status.length,
+            collector.sink,
+            this.#host.clientSignal.signal,
+          );
+          const later = answer === undefined ? undefined : promiseOf(answer);
+          if (later !== undefined) {
+            later.then(asked.goOn, asked.fail);
             return;
           }
         }
@@ -164,7 +177,8 @@ export class StatusRequests {
   }
 
   /** One chunk of extents for each context, all of the same length; or an error. */
-  #finish({ to, contexts, status, memory, own }: StatusRequest, failure: Failure | undefined): void {
+  #finish(asked: StatusRequest, failure: Failure | undefined): void {
+    const { to, contexts, status, memory, own } = asked;
     const extendedHeaders = this.#extendedHeaders;
     const inFlight = this.#inFlight;
     inFlight.end(memory);
@@ -182,7 +196,9 @@ export class StatusRequests {
       inFlight.errors++;
       this.#replies.error(to, failure);
     }
+    asked.collector?.release();
     status.release();
+    if (inFlight.areObserved) inFlight.done(asked, asked.startedAt, failure?.errno ?? 0);
     inFlight.settled();
   }
 }

@@ -1,20 +1,22 @@
-/** What the transmission phase and its parts need of their connection; neither the end of its socket nor its peer. */
+/** What the transmission phase and its parts need of their connection; not the end of its socket. */
 
 import type { Duplex } from 'node:stream';
+import type { Peer } from '../block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import type { ClientSignal } from './client-signal.js';
+import type { GuardedObserver } from './guarded-observer.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
-import type { ServerObserver } from './observer.js';
 
 export interface TransmissionHost {
   readonly id: number;
+  readonly peer: Peer;
   readonly exportName: string | undefined;
   readonly socket: Duplex;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly limits: Limits;
-  readonly observer: ServerObserver;
+  readonly observer: GuardedObserver;
   /** Its signal goes to every method of the device. */
   readonly clientSignal: ClientSignal;
   /** The client sent NBD_CMD_DISC: answer the requests in flight, then close. */
