@@ -62,7 +62,7 @@ export interface CreateServerOptions extends Omit<ServerOptions, 'provider'> {
  * Errors: TypeError (an option of the wrong type), RangeError (a limit is invalid).
  */
 export function createServer(options: CreateServerOptions): NbdServer {
-  const { exports: given }: { readonly exports?: unknown } = options;
+  const given = (options as { readonly exports?: unknown }).exports;
   if (typeof given !== 'function') {
     throw new TypeError(
       `createServer: exports is ${kindOf(given)}, not a function (name, { peer, id, signal }) => device`,
