@@ -102,7 +102,11 @@ export interface BlockDevice {
   write(offset: number, data: Buffer, fua: boolean, signal?: AbortSignal): Awaitable<Transferred>;
   /** When it answers, all writes answered before this call are durable. */
   flush(signal?: AbortSignal): Awaitable<void>;
-  /** Called once, when the connection is over and no request is in flight. `ending`: whether the client may reconnect. */
+  /**
+   * Called once for each device that was opened, when its connection is over and no request is in flight; for a device behind
+   * several connections when the last of them is over (`shared`), or the server is closed (`serve`). An object that a provider
+   * itself gives to several connections gets it from each. `ending`: whether the client may reconnect.
+   */
   close(ending: Ending): Awaitable<void>;
   /** The range reads as zeros afterwards. With `canZero`. */
   zero?(offset: number, length: number, mode: ZeroMode, signal?: AbortSignal): Awaitable<void>;
@@ -283,7 +287,8 @@ export interface ExportProvider<Device extends object = BlockDevice> {
   ): Awaitable<{ readonly device: Device; readonly info: ExportInfo }>;
   /**
    * The connection on which `describe` or `open` were called is over: resources held for it can be released. `peer` is the same
-   * object that was passed to them: one per connection, and another one once TLS has begun. Called after the device is closed.
+   * object that was passed to them: one per connection, and another one once TLS has begun. Called after the device is closed;
+   * the connection counts as over when it has answered.
    */
-  left?(peer: Peer): void;
+  left?(peer: Peer): Awaitable<void>;
 }

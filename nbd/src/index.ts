@@ -21,9 +21,15 @@ export type {
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
 export { completeDevice } from './device.js';
 export type { AnyDevice, Device } from './device.js';
+export { serve } from './serve.js';
+export type { DeviceServer, ServeOptions } from './serve.js';
+export { createServer } from './create-server.js';
+export type { CreateServerOptions, ExportAnswer, ExportRequest, ListedExport, ListedExports } from './create-server.js';
+export { shared } from './shared.js';
+export type { OpenShared, SharedDevices } from './shared.js';
 export { DEFAULT_GRACE_MS, NbdServer } from './server/server.js';
 export { ListenError } from './server/listening.js';
-export type { BoundAddress, ListenOptions } from './server/listening.js';
+export type { BoundAddress, ListenOptions, ListenTarget } from './server/listening.js';
 export { ConnectionLoop } from './server/connection-loop.js';
 export type { AcceptedStream, ConnectionLoopOptions } from './server/connection-loop.js';
 export type {

@@ -138,13 +138,16 @@ class PageMaker {
   }
 
   functionPage({ symbol, module }: Exported, declaration: ts.FunctionDeclaration): string[] {
+    const overloads =
+      symbol.declarations?.filter(ts.isFunctionDeclaration).filter(({ body }) => body === undefined) ?? [];
+    const signatures = overloads.length === 0 ? [declaration] : overloads;
     return [
       `# ${symbol.name}()`,
       '',
       this.explain(symbol),
       '',
       ...importOf(symbol.name, module),
-      ...code(signatureOf(declaration)),
+      ...code(signatures.map(signatureOf).join('\n')),
     ];
   }
 

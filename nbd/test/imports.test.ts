@@ -19,7 +19,15 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   client: ['client', 'protocol', 'block-device.ts', 'brand.ts', 'device.ts', 'transferred.ts'],
   devices: ['devices', 'block-device.ts', 'device.ts', 'transferred.ts'],
   filters: ['filters', 'block-device.ts', 'device.ts', 'transferred.ts'],
-  'index.ts': ['server', 'client', 'protocol', 'block-device.ts', 'device.ts'],
+  'checked-device.ts': ['block-device.ts', 'device.ts', 'server'],
+  'device-handle.ts': ['block-device.ts', 'device.ts'],
+  'shared.ts': ['block-device.ts', 'device.ts', 'device-handle.ts', 'checked-device.ts'],
+  'serve.ts': ['server', 'protocol', 'block-device.ts', 'device.ts', 'device-handle.ts', 'checked-device.ts'],
+  'create-server.ts': ['server', 'block-device.ts', 'device.ts', 'checked-device.ts'],
+  'index.ts': [
+    ...['server', 'client', 'protocol', 'block-device.ts', 'device.ts'],
+    ...['shared.ts', 'serve.ts', 'create-server.ts'],
+  ],
 };
 /** Imports from outside the library: Node's modules only. */
 const OUTSIDE = /^node:/;

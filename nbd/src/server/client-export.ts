@@ -6,6 +6,7 @@
 
 import {
   ExportError,
+  type Awaitable,
   type Ending,
   type ExportInfo,
   type ExportProvider,
@@ -125,12 +126,12 @@ export class ClientExport {
     this.countedAs = undefined;
   }
 
-  /** The connection of `peer` is over, or continues as another peer under TLS. */
-  left(peer: Peer): void {
+  /** The connection of `peer` is over, or continues as another peer under TLS. Never fails: an error is reported. */
+  async left(peer: Peer): Promise<void> {
     this.refused = undefined;
     // A device that arrives late is closed first.
     if (this.#call?.release !== undefined) void this.#call.over.then(() => this.#tellLeft(peer));
-    else this.#tellLeft(peer);
+    else await this.#tellLeft(peer);
   }
 
   /**
@@ -175,35 +176,39 @@ export class ClientExport {
     });
   }
 
-  async #closeDevice(device: AnyDevice, ending: Ending, key: string): Promise<void> {
+  #closeDevice(device: AnyDevice, ending: Ending, key: string): Promise<void> {
+    const method = { source: 'device', method: 'close', exportName: key } as const;
+    return this.#finish(key, method, 'it has not closed', () => device.close?.(ending));
+  }
+
+  #tellLeft(peer: Peer): Promise<void> {
+    const method = { source: 'provider', method: 'left' } as const;
+    return this.#finish('', method, 'left() has not answered', () => this.#resources.provider.left?.(peer));
+  }
+
+  /** Wait for `work`; if that takes too long, as `problem` says, the connection does not count any more. Never fails. */
+  async #finish(key: string, method: FailedMethod, problem: string, work: () => Awaitable<void>): Promise<void> {
     const { limits, leftovers } = this.#resources;
     const { openTimeoutMs } = limits;
-    const method = { source: 'device', method: 'close', exportName: key } as const;
     let release: (() => void) | undefined;
-    const timer = setTimeout(
-      () => {
-        release = leftovers.add(key);
-        this.failed(new Error(`it has not closed within ${openTimeoutMs} ms`), method);
-        this.onStuckClose();
-      },
-      Math.min(orNever(openTimeoutMs), MAX_TIMER_MS),
-    ).unref();
+    let timer: NodeJS.Timeout | undefined;
     try {
-      await awaited(device.close?.(ending));
+      const answer = promiseOf(work());
+      if (answer === undefined) return;
+      timer = setTimeout(
+        () => {
+          release = leftovers.add(key);
+          this.failed(new Error(`${problem} within ${openTimeoutMs} ms`), method);
+          this.onStuckClose();
+        },
+        Math.min(orNever(openTimeoutMs), MAX_TIMER_MS),
+      ).unref();
+      await answer;
     } catch (error) {
       this.failed(error, method);
     }
     clearTimeout(timer);
     release?.();
-  }
-
-  #tellLeft(peer: Peer): void {
-    const failed = (error: unknown): void => this.failed(error, { source: 'provider', method: 'left', peer });
-    try {
-      promiseOf(this.#resources.provider.left?.(peer))?.then(undefined, failed);
-    } catch (error) {
-      failed(error);
-    }
   }
 }
 

@@ -48,7 +48,7 @@ export interface AcceptedStream {
   readonly peer: Peer;
   readonly progress: Progress | undefined;
   readonly offender: string | undefined;
-  readonly head?: Buffer | undefined;
+  readonly head?: Uint8Array | undefined;
 }
 
 /**

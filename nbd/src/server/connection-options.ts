@@ -30,7 +30,7 @@ export interface ConnectionOptions {
   readonly socket: Duplex;
   readonly peer: Peer;
   /** Bytes that were read from the socket before. */
-  readonly head?: Buffer | undefined;
+  readonly head?: Uint8Array | undefined;
   /** Lets the socket receive in place, if it can. */
   readonly inPlace?: InPlaceSocket | undefined;
   /** Undefined: this peer is not offered TLS. */

@@ -123,8 +123,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket.once('close', this.#onClose);
     // The program that read `head` may have paused it.
     this.socket.resume();
-    const head = options.state === undefined ? options.head : Buffer.from(options.state.unread);
-    if (head !== undefined && head.length > 0) this.reader.feed(head);
+    const head = options.state === undefined ? options.head : options.state.unread;
+    if (head !== undefined && head.length > 0) this.reader.feed(Buffer.from(head));
     if (this.socket.destroyed) this.reader.fail(new Error('the socket was closed before it was served'));
     this.over = this.#live();
   }
@@ -290,11 +290,12 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
       this.#isInTlsHandshake = false;
     }
     this.socket = accepted.socket;
-    // "the server MUST NOT preserve any negotiation state … issued before this command"
-    this.export.left(this.peer);
+    const inTheClear = this.peer;
     this.peer = { ...this.peer, tls: accepted.identity };
     this.reader.moveTo(this.socket);
     this.#listen();
+    // "the server MUST NOT preserve any negotiation state … issued before this command"
+    await this.export.left(inTheClear);
   }
 
   #listen(): void {
@@ -356,7 +357,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     const { exportName } = this;
     const { refused } = this.export;
     await this.export.close(this.#ending);
-    this.export.left(this.peer);
+    await this.export.left(this.peer);
     this.observer.onConnectionClose({
       id: this.id,
       peer: this.peer,

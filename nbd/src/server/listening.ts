@@ -5,23 +5,31 @@
 
 import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
+import { dirname, resolve as resolvePath } from 'node:path';
 import { isMainThread } from 'node:worker_threads';
 import type { Peer, PeerCredentials } from '../block-device.js';
 import { brand } from '../brand.js';
 import { socketPathProblem } from '../protocol/socket-path.js';
+import { parseNbdUri, type NbdUri } from '../protocol/uri.js';
 
 /**
  * Where to listen: a unix socket, with the permissions of its file, a TCP address (port 0: any free one), or a
  * descriptor of a socket of either kind that listens already (socket activation).
+ *
+ * Without `host` only programs of this machine can connect, of all its users; '::' is every address of the machine. A relative
+ * path is relative to the working directory. Without `mode` the umask decides, as for any file.
  */
 export type ListenOptions =
   | { readonly path: string; readonly mode?: number }
-  | { readonly host: string; readonly port: number }
+  | { readonly port: number; readonly host?: string }
   | {
       readonly fd: number;
       /** The path, for a unix socket: Node cannot determine it. */
       readonly path?: string;
     };
+
+/** Where to listen, also as an NBD URI, of which the address counts: its export and the parameters are for clients. */
+export type ListenTarget = string | NbdUri | ListenOptions;
 
 /** Where a server listens. */
 export type BoundAddress =
@@ -51,6 +59,70 @@ export class ListenError extends Error {
 const LISTEN_BACKLOG = 511;
 const MAX_FD = 2 ** 31 - 1;
 const IPV4_MAPPED = '::ffff:';
+/** The host that is listened on if none is given: Node would take every address of the machine. */
+const LOOPBACK = '127.0.0.1';
+/** Permissions of a file. */
+const MAX_MODE = 0o777;
+
+/**
+ * The place that `target` means, checked, and its URI if it is one.
+ * Errors: TypeError (not a place to listen at), RangeError (not an NBD URI, a port or mode that does not exist).
+ */
+export function listenPlace(target: ListenTarget): { readonly options: ListenOptions; readonly uri?: NbdUri } {
+  if (typeof target === 'string') return uriPlace(parseNbdUri(target));
+  const any: unknown = target;
+  if (typeof any !== 'object' || any === null) {
+    throw new TypeError(`cannot listen on ${any === null || any === undefined ? any : `a ${typeof any}`}: ${PLACES}`);
+  }
+  if ('exportName' in target) return uriPlace(target);
+  const given = ['path', 'port', 'fd'].filter((name) => (target as Record<string, unknown>)[name] !== undefined);
+  if (given.length !== 1 && given.join() !== 'path,fd') {
+    const what = given.length === 0 ? 'an object without any of path, port, fd' : given.join(' and ');
+    throw new TypeError(`cannot listen on ${what}: ${PLACES}`);
+  }
+  return { options: checkedOptions(target) };
+}
+
+const PLACES = 'give an NBD URI, { path }, { port, host } or { fd }';
+
+function uriPlace(uri: NbdUri): { readonly options: ListenOptions; readonly uri: NbdUri } {
+  if (uri.transport === 'unix') return { options: checkedOptions({ path: uri.path }), uri };
+  // Clients try both addresses of localhost; a server would get the first one, which may be that of IPv6 alone.
+  const host = uri.host === 'localhost' ? LOOPBACK : uri.host;
+  return { options: checkedOptions({ host, port: uri.port }), uri };
+}
+
+/** One of `path`, `port` and `fd` is there, of whatever type. */
+function checkedOptions(options: ListenOptions): ListenOptions {
+  const { path, mode, port, host = LOOPBACK, fd } = options as Readonly<Record<string, unknown>>;
+  if (fd !== undefined) {
+    if (isIntegerUpTo(fd, 0x7fff_ffff)) return { ...options, fd };
+    throw new RangeError(`cannot listen on descriptor ${JSON.stringify(fd)}: it is not a descriptor's number`);
+  }
+  if (port !== undefined) {
+    if (!isIntegerUpTo(port, 65535)) {
+      throw new RangeError(`cannot listen on port ${JSON.stringify(port)}: it is not a number from 0 to 65535`);
+    }
+    // For an empty host Node takes every address of the machine: nobody should get that from a variable that is not set.
+    if (typeof host === 'string' && host !== '') return { host, port };
+    throw new TypeError('cannot listen on an empty host: leave it out for this machine alone, or give "::" for all');
+  }
+  if (typeof path !== 'string' || path === '') throw new TypeError('cannot listen on an empty path');
+  if (mode !== undefined && !isIntegerUpTo(mode, MAX_MODE)) {
+    throw new RangeError(`cannot listen on ${path}: mode ${JSON.stringify(mode)} is not a number from 0 to 0o777`);
+  }
+  return { path: absolute(path), ...(mode !== undefined && { mode }) };
+}
+
+/** The path that is also right when the working directory has changed, unless a socket cannot have it. */
+function absolute(path: string): string {
+  const whole = path.startsWith('\0') ? path : resolvePath(path);
+  return socketPathProblem(whole) === undefined ? whole : path;
+}
+
+function isIntegerUpTo(value: unknown, most: number): value is number {
+  return typeof value === 'number' && Number.isInteger(value) && value >= 0 && value <= most;
+}
 
 /**
  * Bind `listener` and listen. A stale socket file is replaced; a socket that a process listens on, and any other kind of
@@ -135,8 +207,8 @@ function pathOf(options: ListenOptions): string {
   return 'fd' in options ? `descriptor ${options.fd}` : 'unknown';
 }
 
-async function bindTcp(listener: net.Server, options: { host: string; port: number }): Promise<BoundAddress> {
-  const { host, port } = options;
+async function bindTcp(listener: net.Server, options: { host?: string; port: number }): Promise<BoundAddress> {
+  const { host = LOOPBACK, port } = options;
   try {
     await bind(listener, { host, port });
   } catch (error) {
@@ -152,6 +224,10 @@ async function bindUnix(listener: net.Server, options: { path: string; mode?: nu
   try {
     await bind(listener, { path }, mode);
   } catch (error) {
+    // Node reports a missing directory as a lack of permission (libuv, uv_pipe_bind).
+    const directory = dirname(path);
+    const isMissing = errorCode(error) === 'EACCES' && (await lstat(directory).catch(errorCode)) === 'ENOENT';
+    if (isMissing) throw listenError(path, new Error(`there is no directory ${directory}`, { cause: error }));
     if (errorCode(error) !== 'EADDRINUSE') throw listenError(path, error);
     await removeStaleSocket(path);
     try {

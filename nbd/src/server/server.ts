@@ -8,12 +8,20 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
 import type { AnyDevice } from '../device.js';
-import type { ServerTls } from '../protocol/tls-material.js';
+import type { ServerTls, TlsMode } from '../protocol/tls-material.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
 import { ConnectionLoop } from './connection-loop.js';
 import { limitsFrom, type Limits } from './limits.js';
-import { bindListener, ListenError, peerOf, type BoundAddress, type ListenOptions } from './listening.js';
+import {
+  bindListener,
+  ListenError,
+  listenPlace,
+  peerOf,
+  type BoundAddress,
+  type ListenOptions,
+  type ListenTarget,
+} from './listening.js';
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
 import { GuardedObserver } from './guarded-observer.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
@@ -81,6 +89,7 @@ export class NbdServer {
   readonly #observer: GuardedObserver;
   readonly #peerCredentials: ServerOptions['peerCredentials'];
   readonly #prepareSocket: ServerOptions['prepareSocket'];
+  readonly #tlsMode: TlsMode | undefined;
   readonly #admission: Admission;
   /** Open connections that were handed over. */
   #internalCount = 0;
@@ -100,6 +109,7 @@ export class NbdServer {
     const { provider, tls } = options;
     const observer = GuardedObserver.of(options.observer);
     this.#observer = observer;
+    this.#tlsMode = tls?.mode;
     this.#limits = limitsFrom(options.limits);
     this.#admission = new Admission(this.#limits);
     const offenders = new Offenders(this.#limits.maxViolationDelayMs);
@@ -132,10 +142,15 @@ export class NbdServer {
 
   /**
    * Listen at an address; may be called several times. A stale socket file is replaced; a socket that a process listens on, and
-   * any other kind of file, is not.
-   * Errors: ListenError.
+   * any other kind of file, is not. An `nbds` URI is for a server that requires TLS of every client (`tls.mode`).
+   * Errors: ListenError; TypeError and RangeError for what is not an address.
    */
-  async listen(options: ListenOptions): Promise<BoundAddress> {
+  async listen(where: ListenTarget): Promise<BoundAddress> {
+    const { options, uri } = listenPlace(where);
+    if (uri?.tls === true && this.#tlsMode !== 'require') {
+      const mode = this.#tlsMode === undefined ? 'it has no option tls' : `its tls.mode is '${this.#tlsMode}'`;
+      throw new ListenError('FAILED', `a server for nbds requires TLS, and ${mode}; give tls with the mode 'require'`);
+    }
     this.#mustBeOpen();
     // Half-open: a client that has sent its last request and closed its side still gets its answers.
     const listener = net.createServer({
@@ -217,7 +232,10 @@ export class NbdServer {
    * @param options.head bytes that were already read from it
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
-  serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
+  serveConnection(
+    socket: Duplex,
+    options: { readonly peer?: Peer; readonly head?: Uint8Array } = {},
+  ): number | undefined {
     const { head } = options;
     const peer = options.peer ?? { transport: 'internal', address: `connection ${this.#nextId}` };
     return this.#letIn(socket, peer, (about) => this.#here.serveStream({ ...about, socket, head }));
@@ -435,6 +453,11 @@ export class NbdServer {
     const { timeoutMs = Infinity, signal } = options;
     if (!(await unlessAborted(within(timeoutMs, this.#allOver()), signal))) return this.#unfinished();
     return this.close();
+  }
+
+  /** `await using server = …`: the server is closed where its block ends. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
   }
 
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
