@@ -33,10 +33,11 @@ interface Range {
 
 /**
  * The range, in bytes, of the partition with this number, from 1 on; logical partitions of an MBR begin at 5. For `partition`.
- * Errors: PartitionError; those of the device.
+ * Errors: PartitionError; those of the device; RangeError if `number` is not an integer.
  */
 export async function findPartition(device: AnyDevice, number: number): Promise<Range> {
   const disk = completeDevice(device);
+  if (!Number.isInteger(number)) throw new RangeError(`${number} is not the number of a partition`);
   const found = (await gptPartition(disk, number)) ?? (await mbrPartition(disk, number));
   if (found.offset + found.length > disk.geometry.size) {
     throw new PartitionError(
