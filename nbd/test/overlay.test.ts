@@ -4,6 +4,7 @@ import { expect, test } from 'vitest';
 import { STATE_HOLE, STATE_ZERO, type CompleteDevice } from '../src/index.js';
 import { memoryDevice } from '../src/devices/memory.js';
 import { overlay } from '../src/filters/overlay.js';
+import { ModelDevice } from './model-device.js';
 import { Gate } from './test-device.js';
 
 const BLOCK = 4096;
@@ -143,3 +144,14 @@ test('blocks are as large as the minimum block size at least, and a power of two
   for (const blockSize of [0, 511, 3000, NaN])
     expect(() => overlay(memoryDevice(1), { blockSize })).toThrow(RangeError);
 });
+
+test.each([false, true])(
+  'thousands of pieces are told in one answer (a base that answers later: %s)',
+  async (isAsync) => {
+    const COUNT = 20_000;
+    const device = overlay(new ModelDevice(Buffer.alloc(2 * COUNT * 512, 1), { isAsync }), { blockSize: 512 });
+    const data = Buffer.alloc(512);
+    for (let at = 0; at < COUNT; at++) await device.write(2 * at * 512, data, false);
+    expect((await extentsOf(device)).length).toBe(2 * COUNT);
+  },
+);

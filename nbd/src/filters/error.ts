@@ -29,7 +29,7 @@ export interface CandidateRequest {
 }
 
 /** Which requests fail, and how. */
-export interface ErrorOptions {
+export interface FailureOptions {
   /** The part of requests that fail, 0 to 1. Default: 1 if `when` is not given. */
   readonly rate?: number;
   /** Whether this request fails; with `rate`, only this part of those that `when` names. */
@@ -46,7 +46,7 @@ export interface ErrorOptions {
  * `device` with requests that fail. If reads may fail, holes are read like data, so that every read may.
  * Errors: RangeError if `rate` is not from 0 to 1.
  */
-export function errors(device: AnyDevice, options: ErrorOptions = {}): CompleteDevice {
+export function errors(device: AnyDevice, options: FailureOptions = {}): CompleteDevice {
   return new Errors(device, options);
 }
 
@@ -58,7 +58,7 @@ class Errors extends Forwarding {
   #state: number;
   #count = 0;
 
-  constructor(device: AnyDevice, { rate = 1, when, methods, code = 'EIO', seed = 1 }: ErrorOptions) {
+  constructor(device: AnyDevice, { rate = 1, when, methods, code = 'EIO', seed = 1 }: FailureOptions) {
     super(device);
     if (!(rate >= 0 && rate <= 1)) throw new RangeError(`rate ${rate} is not a number from 0 to 1`);
     this.#rate = rate;
