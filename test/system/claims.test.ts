@@ -49,7 +49,16 @@ const IMPORTERS: Readonly<Record<string, readonly string[]>> = {
   'nbd-server-ts': ['src/cli', 'src/daemon', 'src/export', 'src/operations'],
   'node:child_process': ['src/jobs'],
   'node:worker_threads': ['nbd/src/server'],
-  'node:fs': ['nbd/src/server', 'src/cli', 'src/daemon', 'src/jobs', 'src/operations', 'src/store/sheep', 'src/system'],
+  'node:fs': [
+    'nbd/src/devices',
+    'nbd/src/server',
+    'src/cli',
+    'src/daemon',
+    'src/jobs',
+    'src/operations',
+    'src/store/sheep',
+    'src/system',
+  ],
   'node:net': ['nbd/src', 'src/daemon', 'src/jobs', 'src/operations', 'src/store/sheep', 'src/system'],
 };
 
