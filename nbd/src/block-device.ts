@@ -1,6 +1,6 @@
 /**
- * The interface of an export, which a user of the library implements: offsets and lengths, nothing of the wire. Methods may
- * answer synchronously or with a promise: the request loop awaits only promises.
+ * The full interface of an export, which a user of the library implements: offsets and lengths, nothing of the wire. Methods may
+ * answer synchronously or with a promise: the request loop awaits only promises. `Device` (device.ts) is the small one.
  *
  * A device needs a size and four methods: read, write, flush, close. Its geometry announces everything else, and it has the
  * method for each.
@@ -73,31 +73,48 @@ export const STATE_ZERO = 1 << 1;
 export type ExtentSink = (offset: number, length: number, flags: number) => boolean;
 
 /**
+ * What `read` and `write` return, or resolve with: nothing if they have done all of it; or how many bytes they have done, as
+ * a number or as Node's FileHandle does. Any other count than the one asked for is a failure, answered EIO.
+ */
+// `void` and not undefined: a function without a return statement may be given as a method.
+// eslint-disable-next-line @typescript-eslint/no-invalid-void-type
+export type Transferred = void | number | { readonly bytesRead: number } | { readonly bytesWritten: number };
+
+/**
  * An export, opened for one connection. Every range is validated against `geometry` before a method is called. Errors are
- * thrown (or rejected) as `DeviceError`; anything else is answered EIO and reported to the observer.
+ * thrown (or rejected) as `DeviceError`; an error of the system (`code` 'ENOSPC', 'EACCES', …) is answered with the NBD error
+ * for it, anything else with EIO. All of them are reported to the observer.
+ *
+ * `signal` is one for the whole connection: it is aborted when the client is gone or is closed. Work for a client that is gone
+ * may then be given up, and its method must still settle.
  */
 export interface BlockDevice {
   readonly geometry: DeviceGeometry;
-  /** Fill `into` with the bytes at `offset`. */
-  read(offset: number, into: Buffer): Awaitable<void>;
-  /** The device may use `data` until the returned promise settles, not longer. */
-  write(offset: number, data: Buffer, fua: boolean): Awaitable<void>;
+  /**
+   * `read` fills all of `into`, or fails. Otherwise `into` is zeroed before each read, so that a device which fills too little
+   * of it shows no other client's data.
+   */
+  readonly fillsBuffer?: boolean;
+  /** Fill `into` with the bytes at `offset`. It must not be touched once the returned promise has settled. */
+  read(offset: number, into: Buffer, signal?: AbortSignal): Awaitable<Transferred>;
+  /** The device may use `data` until the returned promise settles, not longer: the memory is used again then. */
+  write(offset: number, data: Buffer, fua: boolean, signal?: AbortSignal): Awaitable<Transferred>;
   /** When it answers, all writes answered before this call are durable. */
-  flush(): Awaitable<void>;
+  flush(signal?: AbortSignal): Awaitable<void>;
   /** Called once, when the connection is over and no request is in flight. `ending`: whether the client may reconnect. */
   close(ending: Ending): Awaitable<void>;
   /** The range reads as zeros afterwards. With `canZero`. */
-  zero?(offset: number, length: number, mode: ZeroMode): Awaitable<void>;
+  zero?(offset: number, length: number, mode: ZeroMode, signal?: AbortSignal): Awaitable<void>;
   /** The range is no longer needed, and may read as anything. With `canTrim`. */
-  trim?(offset: number, length: number, fua: boolean): Awaitable<void>;
+  trim?(offset: number, length: number, fua: boolean, signal?: AbortSignal): Awaitable<void>;
   /** Bring the range into cache; a hint. With `canCache`. */
-  cache?(offset: number, length: number): Awaitable<void>;
+  cache?(offset: number, length: number, signal?: AbortSignal): Awaitable<void>;
   /**
    * With `contexts`. Report the extents of [offset, offset+length) in `context`, which the client has selected, to `sink`,
    * from `offset` on, without reading data. It may stop before the end, but not before the first extent; an extent may
    * reach beyond the end. Extents should begin and end at multiples of the minimum block size.
    */
-  extents?(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void>;
+  extents?(context: string, offset: number, length: number, sink: ExtentSink, signal?: AbortSignal): Awaitable<void>;
   /**
    * Whether the range is known, from memory alone, to read as zeros. Called before every read of a client that accepts
    * holes, so it must be cheap; false is always allowed.
@@ -107,7 +124,7 @@ export interface BlockDevice {
 
 /** A device with a whole geometry and every method but `isHole`: for devices that wrap another one. */
 export type CompleteDevice = BlockDevice &
-  Required<Omit<BlockDevice, 'isHole' | 'geometry'>> & { readonly geometry: Geometry };
+  Required<Omit<BlockDevice, 'isHole' | 'fillsBuffer' | 'geometry'>> & { readonly geometry: Geometry };
 
 /**
  * How a client left. 'disconnect': it sent NBD_CMD_DISC, and has finished. 'lost': anything else. The connection broke, the
@@ -188,6 +205,14 @@ export class ExportError extends Error {
   }
 }
 
+/** The connection that an export is opened for. */
+export interface OpenContext {
+  /** The id of the connection, as in ConnectionInfo. */
+  readonly id: number;
+  /** Aborted when the client is gone, or the connection is closed; the same that the device's methods get. */
+  readonly signal: AbortSignal;
+}
+
 /** The exports of a server. `Device`: their type when opened, for programs that use more of a device than the server does. */
 export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
   /** Any iterable: it is iterated as the client reads, with other connections served in between. */
@@ -203,8 +228,15 @@ export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
     peer: Peer,
     contexts?: readonly string[],
   ): Awaitable<{ readonly geometry: Device['geometry']; readonly info: ExportInfo }>;
-  /** For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. Errors: ExportError. */
-  open(name: string, peer: Peer): Awaitable<{ readonly device: Device; readonly info: ExportInfo }>;
+  /**
+   * For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. A server always gives `context`.
+   * Errors: ExportError.
+   */
+  open(
+    name: string,
+    peer: Peer,
+    context?: OpenContext,
+  ): Awaitable<{ readonly device: Device; readonly info: ExportInfo }>;
   /**
    * The connection on which `describe` or `open` were called is over: resources held for it can be released. `peer` is the same
    * object that was passed to them: one per connection, and another one once TLS has begun. Called after the device is closed.

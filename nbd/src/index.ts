@@ -11,11 +11,15 @@ export type {
   ExportProvider,
   ExtentSink,
   Geometry,
+  OpenContext,
   Peer,
   PeerCredentials,
+  Transferred,
   ZeroMode,
 } from './block-device.js';
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
+export { completeDevice } from './device.js';
+export type { AnyDevice, Device } from './device.js';
 export { DEFAULT_GRACE_MS, NbdServer } from './server/server.js';
 export { ListenError } from './server/listening.js';
 export type { BoundAddress, ListenOptions } from './server/listening.js';

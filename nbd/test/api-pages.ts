@@ -1,13 +1,15 @@
 /**
- * The API pages of the package, made from the exports of index.ts and their docstrings: a page for each class and function,
- * one for all interfaces and types, one for the constants, and the list of them. It owns their layout.
+ * The API pages of the package, made from the exports of all its entries and their docstrings: a page for each class and
+ * function, one for all interfaces and types, one for the constants, and the list of them by entry. It owns their layout.
  */
 
+import fs from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import prettier from 'prettier';
 import ts from 'typescript';
 
-const INDEX = fileURLToPath(new URL('../src/index.ts', import.meta.url));
+const PACKAGE = fileURLToPath(new URL('../package.json', import.meta.url));
+const SOURCES = fileURLToPath(new URL('../src/', import.meta.url));
 
 export interface ApiPages {
   /** The pages, by file name in docs/api. */
@@ -18,21 +20,46 @@ export interface ApiPages {
   readonly exports: ReadonlyMap<string, string>;
 }
 
-export async function makeApiPages(): Promise<ApiPages> {
-  const program = ts.createProgram([INDEX], {
-    ...{ target: ts.ScriptTarget.ES2023, module: ts.ModuleKind.NodeNext, strict: true },
-    moduleResolution: ts.ModuleResolutionKind.NodeNext,
-    // The pages are made from the text of declarations: the types of JavaScript and Node would only take time to read.
-    ...{ noLib: true, types: [] },
+/** An entry of the package: what is imported, and the source that this leads to. */
+interface Entry {
+  readonly module: string;
+  readonly source: string;
+}
+
+/** The entries that package.json exports; the one without a subpath first. */
+function entries(): Entry[] {
+  const { name, exports } = JSON.parse(fs.readFileSync(PACKAGE, 'utf8')) as { name: string; exports: object };
+  return Object.entries(exports).flatMap(([subpath, target]) => {
+    const built = /"\.\/dist\/(?!cjs\/)([^"]+)\.js"/.exec(JSON.stringify(target))?.[1];
+    if (built === undefined) return [];
+    return [{ module: name + subpath.slice(1), source: `${SOURCES}${built}.ts` }];
   });
+}
+
+export async function makeApiPages(): Promise<ApiPages> {
+  const all = entries();
+  const program = ts.createProgram(
+    all.map(({ source }) => source),
+    {
+      ...{ target: ts.ScriptTarget.ES2023, module: ts.ModuleKind.NodeNext, strict: true },
+      moduleResolution: ts.ModuleResolutionKind.NodeNext,
+      // The pages are made from the text of declarations: the types of JavaScript and Node would only take time to read.
+      ...{ noLib: true, types: [] },
+    },
+  );
   const checker = program.getTypeChecker();
-  const source = program.getSourceFile(INDEX);
-  const module = source && checker.getSymbolAtLocation(source);
-  if (module === undefined) throw new Error(`${INDEX} exports nothing`);
-  const found = checker
-    .getExportsOfModule(module)
-    .map((symbol) => ((symbol.flags & ts.SymbolFlags.Alias) !== 0 ? checker.getAliasedSymbol(symbol) : symbol))
-    .sort((a, b) => (a.name < b.name ? -1 : 1));
+  /** Each export once, with the first entry that has it. */
+  const found = new Map<ts.Symbol, string>();
+  for (const { module, source } of all) {
+    const file = program.getSourceFile(source);
+    const symbol = file && checker.getSymbolAtLocation(file);
+    if (symbol === undefined) throw new Error(`${source} exports nothing`);
+    for (const one of checker.getExportsOfModule(symbol)) {
+      const real = (one.flags & ts.SymbolFlags.Alias) !== 0 ? checker.getAliasedSymbol(one) : one;
+      if (!found.has(real)) found.set(real, module);
+    }
+  }
+  const sorted = [...found].sort(([a], [b]) => (a.name < b.name ? -1 : 1));
 
   const maker = new PageMaker(checker);
   const texts = new Map<string, string[]>([
@@ -40,14 +67,16 @@ export async function makeApiPages(): Promise<ApiPages> {
     ['constants.md', ['# Constants', '']],
   ]);
   const exports = new Map<string, string>();
-  for (const symbol of found) {
+  const byModule = new Map<string, string[]>(all.map(({ module }) => [module, []]));
+  for (const [symbol, module] of sorted) {
     const [declaration] = symbol.declarations ?? [];
     if (declaration === undefined) throw new Error(`${symbol.name} is declared nowhere`);
     let page = 'types.md';
     if (ts.isClassDeclaration(declaration) || ts.isFunctionDeclaration(declaration)) {
       page = `${symbol.name}.md`;
       const isClass = ts.isClassDeclaration(declaration);
-      texts.set(page, isClass ? maker.classPage(symbol, declaration) : maker.functionPage(symbol, declaration));
+      const of = { symbol, module };
+      texts.set(page, isClass ? maker.classPage(of, declaration) : maker.functionPage(of, declaration));
     } else if (ts.isVariableDeclaration(declaration)) {
       page = 'constants.md';
       texts.get(page)?.push(`## ${symbol.name}`, '', ...maker.codeOf(declaration.parent.parent), '');
@@ -55,14 +84,16 @@ export async function makeApiPages(): Promise<ApiPages> {
       texts.get(page)?.push(`## ${symbol.name}`, '', ...maker.codeOf(declaration), '');
     }
     if (page === 'types.md' || page === 'constants.md') maker.explain(symbol);
+    if (exports.has(symbol.name)) throw new Error(`two exports are named ${symbol.name}`);
     exports.set(symbol.name, page);
+    byModule.get(module)?.push(`- [${symbol.name}](${page}${anchor(symbol.name, page)})`);
   }
   texts.set('README.md', [
     '# The API of nbd-server-ts',
     '',
     'Made from the docstrings of the sources: `npx vitest run --project own nbd/test/api-pages.test.ts -u` makes it anew.',
     '',
-    ...Array.from(exports, ([name, page]) => `- [${name}](${page}${anchor(name, page)})`),
+    ...[...byModule].flatMap(([module, lines]) => (lines.length === 0 ? [] : [`## ${module}`, '', ...lines, ''])),
   ]);
   const pages = new Map<string, string>();
   for (const [page, lines] of texts) pages.set(page, await formatted(lines.join('\n')));
@@ -74,7 +105,13 @@ function anchor(name: string, page: string): string {
 }
 
 async function formatted(markdown: string): Promise<string> {
-  return prettier.format(markdown, { ...(await prettier.resolveConfig(INDEX)), parser: 'markdown' });
+  return prettier.format(markdown, { ...(await prettier.resolveConfig(PACKAGE)), parser: 'markdown' });
+}
+
+/** An export, and the entry to import it from. */
+interface Exported {
+  readonly symbol: ts.Symbol;
+  readonly module: string;
 }
 
 class PageMaker {
@@ -82,8 +119,8 @@ class PageMaker {
 
   constructor(private readonly checker: ts.TypeChecker) {}
 
-  classPage(symbol: ts.Symbol, declaration: ts.ClassDeclaration): string[] {
-    const lines = [`# ${symbol.name}`, '', this.explain(symbol), '', ...importOf(symbol.name)];
+  classPage({ symbol, module }: Exported, declaration: ts.ClassDeclaration): string[] {
+    const lines = [`# ${symbol.name}`, '', this.explain(symbol), '', ...importOf(symbol.name, module)];
     for (const member of declaration.members) {
       if (isHidden(member)) continue;
       const isMaker = ts.isConstructorDeclaration(member);
@@ -98,13 +135,13 @@ class PageMaker {
     return lines;
   }
 
-  functionPage(symbol: ts.Symbol, declaration: ts.FunctionDeclaration): string[] {
+  functionPage({ symbol, module }: Exported, declaration: ts.FunctionDeclaration): string[] {
     return [
       `# ${symbol.name}()`,
       '',
       this.explain(symbol),
       '',
-      ...importOf(symbol.name),
+      ...importOf(symbol.name, module),
       ...code(signatureOf(declaration)),
     ];
   }
@@ -155,4 +192,4 @@ function signatureOf(member: ts.Node): string {
 }
 
 const code = (text: string): string[] => ['```ts', text, '```'];
-const importOf = (name: string): string[] => [...code(`import { ${name} } from 'nbd-server-ts';`), ''];
+const importOf = (name: string, module: string): string[] => [...code(`import { ${name} } from '${module}';`), ''];

@@ -7,14 +7,20 @@ import { expect, test } from 'vitest';
 
 const SOURCES = fileURLToPath(new URL('../src/', import.meta.url));
 
-/** The folder of a file; for index.ts and block-device.ts their own names. */
+/** The folder of a file; for files outside of folders their own names. */
 const FOLDER = /^[^/]+/;
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   'block-device.ts': ['protocol'],
+  'transferred.ts': [],
+  'device.ts': ['block-device.ts', 'transferred.ts'],
   protocol: ['protocol', 'block-device.ts'],
-  server: ['server', 'protocol', 'block-device.ts'],
-  client: ['client', 'protocol', 'block-device.ts'],
-  'index.ts': ['server', 'client', 'protocol', 'block-device.ts'],
+  server: ['server', 'protocol', 'block-device.ts', 'device.ts', 'transferred.ts'],
+  client: ['client', 'protocol', 'block-device.ts', 'device.ts'],
+  devices: ['devices', 'block-device.ts', 'device.ts', 'transferred.ts'],
+  filters: ['filters', 'block-device.ts', 'device.ts', 'transferred.ts'],
+  'shared.ts': ['block-device.ts', 'device.ts'],
+  'serve.ts': ['server', 'protocol', 'block-device.ts', 'device.ts', 'shared.ts'],
+  'index.ts': ['server', 'client', 'protocol', 'block-device.ts', 'device.ts', 'shared.ts', 'serve.ts'],
 };
 /** Imports from outside the library: Node's modules only. */
 const OUTSIDE = /^node:/;

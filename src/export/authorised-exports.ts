@@ -14,7 +14,9 @@ import {
   type ExportProvider,
   type ExtentSink,
   type Geometry,
+  type OpenContext,
   type Peer,
+  type Transferred,
 } from 'nbd-server-ts/block-device';
 import type { VdiSpec } from '../vdi/names.js';
 import { baseOfContext } from './changed-contexts.js';
@@ -37,7 +39,7 @@ export interface SubjectExports extends ExportProvider<CompleteDevice> {
   open(
     name: string,
     peer: Peer,
-    access?: PeerAccess,
+    context?: PeerAccess & Partial<OpenContext>,
   ): Awaitable<{ readonly device: RefusableDevice; readonly info: ExportInfo }>;
 }
 
@@ -91,9 +93,13 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     return { ...described, geometry: access.isReadOnly ? readOnly(geometry) : geometry };
   }
 
-  async open(name: string, peer: Peer): Promise<{ readonly device: CompleteDevice; readonly info: ExportInfo }> {
+  async open(
+    name: string,
+    peer: Peer,
+    context?: OpenContext,
+  ): Promise<{ readonly device: CompleteDevice; readonly info: ExportInfo }> {
     const { subject, ...access } = await this.#admit(name, peer);
-    const opened = await this.#provider.open(name, peer, access);
+    const opened = await this.#provider.open(name, peer, { ...context, ...access });
     // Since the policy judged it, the id may have become another VDI's.
     const found = subject && (await this.#provider.subjectOf(opened.info.name));
     if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
@@ -187,14 +193,16 @@ function readOnly(geometry: Geometry): Geometry {
 /** The server refuses writes to a read-only geometry by itself; this device is the second lock. */
 class ReadOnlyDevice implements CompleteDevice {
   readonly geometry: Geometry;
+  readonly fillsBuffer: boolean;
   readonly #device: CompleteDevice;
 
   constructor(device: CompleteDevice) {
     this.#device = device;
     this.geometry = readOnly(device.geometry);
+    this.fillsBuffer = device.fillsBuffer ?? false;
   }
 
-  read(offset: number, into: Buffer): Awaitable<void> {
+  read(offset: number, into: Buffer): Awaitable<Transferred> {
     return this.#device.read(offset, into);
   }
 

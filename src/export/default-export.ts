@@ -30,10 +30,10 @@ export class ExportsWithDefault implements ExportProvider {
       ? this.#default((real) => this.#provider.describe(real, peer, contexts))
       : this.#provider.describe(name, peer, contexts);
 
-  open: ExportProvider['open'] = (name, peer) =>
+  open: ExportProvider['open'] = (name, peer, context) =>
     this.#isUnnamed(name, peer)
-      ? this.#default((real) => this.#provider.open(real, peer))
-      : this.#provider.open(name, peer);
+      ? this.#default((real) => this.#provider.open(real, peer, context))
+      : this.#provider.open(name, peer, context);
 
   left(peer: Peer): void {
     this.#provider.left?.(peer);

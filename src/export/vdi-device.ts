@@ -94,6 +94,7 @@ export function geometryOf(
 
 export class VdiDevice implements BlockDevice {
   readonly geometry: Geometry;
+  readonly fillsBuffer = true;
   readonly #vdi: Vdi;
   readonly #setup: DeviceSetup;
   /** Bases opened so far, by tag: held until the device is closed, so that they cannot be deleted meanwhile. */

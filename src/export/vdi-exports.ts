@@ -8,6 +8,7 @@ import {
   ExportError,
   type ExportInfo,
   type ExportProvider,
+  type OpenContext,
   type Geometry,
   type Peer,
 } from 'nbd-server-ts/block-device';
@@ -137,7 +138,7 @@ export class VdiExports implements ExportProvider {
   async open(
     exportName: string,
     peer: Peer,
-    access: PeerAccess = {},
+    access: PeerAccess & Partial<OpenContext> = {},
   ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     try {
       const { name, run } = parseUnfinishedExport(exportName, peer);

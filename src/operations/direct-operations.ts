@@ -196,8 +196,9 @@ function diskOf(device: CompleteDevice): Disk {
     size,
     isReadOnly: readOnly,
     maxRequestBytes: MAX_REQUEST_BYTES,
-    read: async (offset, into) => device.read(offset, into),
-    write: async (offset, data) => device.write(offset, data, false),
+    // A VDI's device transfers all of it, or fails.
+    read: async (offset, into) => void (await device.read(offset, into)),
+    write: async (offset, data) => void (await device.write(offset, data, false)),
     zero: async (offset, length) => device.zero(offset, length, { noHole: false, fua: false, fastZero: false }),
     flush: async () => device.flush(),
     dataPage: (offset) =>

@@ -4,7 +4,8 @@
  */
 
 import type { BlockDevice, DeviceGeometry, ExportInfo, Geometry } from '../block-device.js';
-import { completeGeometry, geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
+import { completeGeometry } from '../device.js';
+import { geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
 import type { CheckedExport, HandshakeHost } from './handshake-host.js';
 
 /**

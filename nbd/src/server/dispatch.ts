@@ -6,7 +6,7 @@
  * concurrently and are answered as they finish.
  */
 
-import type { Awaitable, ZeroMode } from '../block-device.js';
+import type { Awaitable, Transferred, ZeroMode } from '../block-device.js';
 import { CMD, CMD_FLAG } from '../protocol/wire.js';
 import type { Block } from './buffer-pool.js';
 import type { ServedDevice } from './geometry.js';
@@ -76,7 +76,7 @@ export class Dispatch {
     const inFlight = this.#inFlight;
     const { type, flags, offset, length } = request;
     const fua = (flags & CMD_FLAG.FUA) !== 0;
-    let answer: Awaitable<void> | undefined;
+    let answer: Awaitable<Transferred>;
     try {
       switch (type) {
         case CMD.READ:
@@ -133,7 +133,7 @@ export class Dispatch {
   }
 
   /** The device answers `request` later. */
-  #wait(request: Request, answer: Promise<void>, block: Block | undefined): void {
+  #wait(request: Request, answer: Promise<unknown>, block: Block | undefined): void {
     const inFlight = this.#inFlight;
     const pending = this.#spare.pop() ?? new PendingRequest(this);
     pending.type = request.type;

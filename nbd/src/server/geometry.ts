@@ -1,40 +1,16 @@
 /**
- * A device's geometry, completed and checked before anything is announced. It owns the defaults and the rules; a device that
- * breaks them has a bug, and is not served.
+ * A device's geometry, checked before anything is announced. It owns the rules; a device that breaks them has a bug, and is not
+ * served. The defaults are in device.ts.
  */
 
-import type { BlockDevice, CompleteDevice, DeviceGeometry, Geometry } from '../block-device.js';
+import type { BlockDevice, CompleteDevice, Geometry } from '../block-device.js';
 import { decodeString, LEAST_PREFERRED_BLOCK_SIZE, MAX_MINIMUM_BLOCK_SIZE, MAX_PAYLOAD } from '../protocol/wire.js';
-
-/** A page of most systems, and the block of most filesystems, bytes. */
-const DEFAULT_PREFERRED_BLOCK_SIZE = 4096;
 
 /**
  * A device as requests reach it. It has all methods that its geometry announces (see missingMethod); requestError refuses the
  * commands of the others.
  */
 export type ServedDevice = BlockDevice & Pick<CompleteDevice, 'zero' | 'trim' | 'cache' | 'extents'>;
-
-/** `given` with its defaults, frozen: later changes by the device have no effect. */
-export function completeGeometry(given: DeviceGeometry): Geometry {
-  const { size, minimumBlockSize = 1, contexts = [], wideContexts = [] } = given;
-  return Object.freeze({
-    size,
-    minimumBlockSize,
-    preferredBlockSize: given.preferredBlockSize ?? Math.max(minimumBlockSize, DEFAULT_PREFERRED_BLOCK_SIZE),
-    readOnly: given.readOnly ?? false,
-    canFlush: given.canFlush ?? true,
-    canFua: given.canFua ?? false,
-    canTrim: given.canTrim ?? false,
-    canZero: given.canZero ?? false,
-    canFastZero: given.canFastZero ?? false,
-    canCache: given.canCache ?? false,
-    multiConn: given.multiConn ?? false,
-    rotational: given.rotational ?? false,
-    contexts,
-    wideContexts,
-  });
-}
 
 /** The method that `geometry` announces and `device` lacks, as a message; undefined if none. */
 export function missingMethod(device: BlockDevice, geometry: Geometry): string | undefined {

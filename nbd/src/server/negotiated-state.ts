@@ -7,7 +7,7 @@
 import { ExportError, type ExportProvider, type Geometry, type Peer, type PeerCredentials } from '../block-device.js';
 import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
 import { openChecked } from './checked-export.js';
-import { completeGeometry } from './geometry.js';
+import { completeGeometry } from '../device.js';
 import type { HandshakeClock } from './handshake-clock.js';
 import type { HandshakeHost, HandshakeOutcome } from './handshake-host.js';
 

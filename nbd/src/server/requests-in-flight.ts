@@ -58,6 +58,6 @@ export class RequestsInFlight {
 }
 
 /** Whether a device answers later. */
-export function isPromise(answer: unknown): answer is Promise<void> {
+export function isPromise(answer: unknown): answer is Promise<unknown> {
   return answer instanceof Promise || (typeof answer === 'object' && answer !== null && 'then' in answer);
 }

@@ -92,7 +92,7 @@ export class SparseReads {
   async #readInParts(
     to: Addressee,
     plan: ReadPlan,
-    extents: Promise<void> | undefined,
+    extents: Promise<unknown> | undefined,
     flags: number,
     offset: number,
     length: number,
