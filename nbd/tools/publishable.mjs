@@ -27,7 +27,8 @@ function compilerOptions() {
   const { options, errors } = ts.getParsedCommandLineOfConfigFile(file, {}, ts.sys) ?? {};
   if (options === undefined || errors.length > 0) throw new Error(`${file} cannot be read`);
   const { target, strict } = options;
-  return { target, strict, module: ts.ModuleKind.CommonJS, isolatedModules: true, sourceMap: true };
+  const kind = { module: ts.ModuleKind.CommonJS, esModuleInterop: true };
+  return { target, strict, ...kind, isolatedModules: true, sourceMap: true };
 }
 
 /** One module at a time, and not one file of all: an error class must be the same in every subpath. */
@@ -49,16 +50,24 @@ function writeCommonJs(options) {
   write(path.join(COMMONJS, 'package.json'), `${JSON.stringify({ type: 'commonjs', sideEffects: false })}\n`);
 }
 
-/** TypeScript then finds them also where `types` of a user's tsconfig.json lists nothing, which is the default since TypeScript 6. */
+/**
+ * TypeScript then finds them also where `types` of a user's tsconfig.json lists nothing, which is the default since TypeScript 6.
+ * They are a dependency, as TypeScript's handbook has it for types that declarations mention (Publishing, Dependencies), in any
+ * version: two versions in one program contradict each other, so the user's own must be good enough.
+ */
 const NODE_TYPES = '/// <reference types="node" />\n';
 const needsNodeTypes = (declarations) => /\bBuffer\b|\bNodeJS\.|'node:|"node:/.test(declarations);
+
+/** Node's modules have a default export only for users with `esModuleInterop`, which `module: commonjs` does not imply. */
+const withoutDefaultImports = (declarations) =>
+  declarations.replace(/^import (type )?(\w+) from (?=['"]node:)/gm, 'import $1* as $2 from ');
 
 /** Declarations say that they need Node's types; dist/cjs gets a copy of them, because their kind of module is their folder's. */
 function completeDeclarations() {
   const names = filesIn(DIST).filter((name) => name.endsWith('.d.ts') && !name.startsWith('cjs/'));
   for (const name of names) {
     const map = JSON.parse(fs.readFileSync(path.join(DIST, `${name}.map`), 'utf8'));
-    let text = fs.readFileSync(path.join(DIST, name), 'utf8');
+    let text = withoutDefaultImports(fs.readFileSync(path.join(DIST, name), 'utf8'));
     if (needsNodeTypes(text)) {
       text = NODE_TYPES + text;
       // One line without a mapping.
