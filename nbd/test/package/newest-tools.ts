@@ -55,9 +55,14 @@ async function installTool(name: ToolName): Promise<Tool> {
   fs.mkdirSync(directory, { recursive: true });
   const newest = packages.map((each) => `${each}@latest`);
   const quiet = ['--no-save', '--no-audit', '--no-fund', '--loglevel=error'];
-  await run('npm', ['install', '--prefix', directory, ...quiet, ...newest], { cwd: directory });
   const modules = path.join(directory, 'node_modules');
   const file = path.join(modules, program);
+  try {
+    await run('npm', ['install', '--prefix', directory, ...quiet, ...newest], { cwd: directory });
+  } catch (error) {
+    // Without a network, what an earlier run has fetched will do.
+    if (!fs.existsSync(file)) throw error;
+  }
   if (name !== 'webpack') await run(file, ['--version'], { cwd: directory });
   const { version } = JSON.parse(fs.readFileSync(path.join(modules, name, 'package.json'), 'utf8')) as {
     version: string;

@@ -12,7 +12,7 @@ export const LIBRARY = fileURLToPath(new URL('../..', import.meta.url));
 export const ROOT = path.resolve(LIBRARY, '..');
 const MODULES = path.join(ROOT, 'node_modules');
 
-const RUN_TIMEOUT_MS = 90_000;
+const RUN_TIMEOUT_MS = 120_000;
 const MAX_OUTPUT_BYTES = 64 * 1024 * 1024;
 
 /** Standard output. Errors: the program fails; the message has all that it printed. */
