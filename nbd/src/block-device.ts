@@ -6,7 +6,7 @@
  * method for each.
  */
 
-import type { TlsIdentity } from './protocol/tls.js';
+import type { TlsIdentity } from './protocol/tls-identity.js';
 
 /** An answer at once, or a promise of one. */
 export type Awaitable<T> = T | Promise<T>;

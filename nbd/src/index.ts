@@ -51,6 +51,9 @@ export type {
 export { NbdClient, NbdClientError } from './client/client.js';
 export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
 export type { Extent, ReplyLevel } from './client/reply-reader.js';
-export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
+export type { ClientTls } from './protocol/tls.js';
+export type { TlsIdentity } from './protocol/tls-identity.js';
+export type { ServerTls, TlsMaterial, TlsMode } from './protocol/tls-material.js';
+export type { ClientCertificate, NameAttribute, SubjectAltName } from './protocol/x509.js';
 export type { Negotiated, SelectedContext } from './protocol/wire.js';
 export { MAX_PAYLOAD } from './protocol/wire.js';

@@ -1,40 +1,22 @@
 /** TLS: which clients are accepted, and that options negotiated in the clear do not count under TLS. */
 
-import { execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
-import { readFile } from 'node:fs/promises';
 import net from 'node:net';
 import { join } from 'node:path';
 import tls from 'node:tls';
-import { promisify } from 'node:util';
 import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
-import {
-  ExportError,
-  NbdClient,
-  NbdClientError,
-  NbdServer,
-  type ClientOptions,
-  type ConnectionCloseEvent,
-  type ConnectionOpenEvent,
-  type Limits,
-  type Peer,
-  type TlsMaterial,
-  type TlsMode,
-} from '../src/index.js';
+import { NbdClient, NbdServer, type Limits, type TlsMaterial, type TlsMode } from '../src/index.js';
+import { certificateNames } from '../src/protocol/tls-identity.js';
 import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP } from '../src/protocol/wire.js';
-import { certificateNames } from '../src/protocol/tls.js';
+import { Authority, type Pair } from './pki.js';
 import { infoQuery, metaQueries, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
-import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
+import { DISK_SIZE, Gate, TestProvider } from './test-device.js';
 import { temporaryDirectory, until } from './test-server.js';
+import { failure, rawInTls, starttls, startTlsServer, type TlsServer } from './tls-server.js';
 
 const UNKNOWN_OPTION = 0x4e;
 const KEY = Buffer.from('00112233445566778899aabbccddeeff', 'hex');
 const pskKey = (user: string): Buffer | undefined => (user === 'alice' ? KEY : undefined);
-
-interface Pair {
-  readonly chain: string;
-  readonly key: string;
-}
 
 let authority: Pair;
 let otherAuthority: Pair;
@@ -43,119 +25,18 @@ let client: Pair;
 let stranger: Pair;
 
 beforeAll(async () => {
-  const { mkdtemp, rm, writeFile } = await import('node:fs/promises');
-  const { tmpdir } = await import('node:os');
-  const directory = await mkdtemp(join(tmpdir(), 'nbd-tls-'));
-  const place = (name: string): string => join(directory, name);
-  const openssl = (...args: string[]): Promise<unknown> => promisify(execFile)('openssl', args);
-  const curve = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes'];
-  const read = async (name: string): Promise<Pair> => ({
-    chain: await readFile(place(`${name}.crt`), 'utf8'),
-    key: await readFile(place(`${name}.key`), 'utf8'),
-  });
-  const root = async (name: string): Promise<Pair> => {
-    await openssl(
-      ...['req', '-x509', ...curve, '-subj', `/CN=${name}`, '-days', '30'],
-      ...['-keyout', place(`${name}.key`), '-out', place(`${name}.crt`)],
-    );
-    return read(name);
-  };
-  const signed = async (name: string, by: string, commonName: string, names: string): Promise<Pair> => {
-    await openssl(
-      ...['req', ...curve, '-subj', `/CN=${commonName}`, '-keyout', place(`${name}.key`), '-out', place(`${name}.csr`)],
-    );
-    await writeFile(place(`${name}.ext`), `subjectAltName=${names}\n`);
-    await openssl(
-      ...['x509', '-req', '-in', place(`${name}.csr`), '-CA', place(`${by}.crt`), '-CAkey', place(`${by}.key`)],
-      ...['-CAcreateserial', '-days', '30', '-extfile', place(`${name}.ext`), '-out', place(`${name}.crt`)],
-    );
-    return read(name);
-  };
-  authority = await root('authority');
-  otherAuthority = await root('other');
-  server = await signed('server', 'authority', 'disks', 'DNS:disks.example,IP:127.0.0.1');
-  client = await signed('client', 'authority', 'backup', 'DNS:backup.example');
-  stranger = await signed('stranger', 'other', 'backup', 'DNS:backup.example');
-  await rm(directory, { recursive: true });
+  const [own, other] = await Promise.all([Authority.make('authority'), Authority.make('other')]);
+  authority = own.pair;
+  otherAuthority = other.pair;
+  server = await own.sign(['CN = disks'], ['DNS.1 = disks.example', 'IP.1 = 127.0.0.1']);
+  client = await own.sign(['CN = backup'], ['DNS.1 = backup.example']);
+  stranger = await other.sign(['CN = backup'], ['DNS.1 = backup.example']);
 });
 
-/** A provider that records the peers of its calls. */
-class AskedProvider extends TestProvider {
-  readonly peers: Peer[] = [];
-
-  override describe(name: string, peer?: Peer): ReturnType<TestProvider['describe']> {
-    if (peer !== undefined) this.peers.push(peer);
-    if (name === 'tls only' && peer?.tls === undefined) throw new ExportError('TLS_REQUIRED', 'over TLS only');
-    return super.describe(name);
-  }
-}
-
-interface TlsServer {
-  readonly server: NbdServer;
-  readonly provider: AskedProvider;
-  readonly port: number;
-  readonly closes: ConnectionCloseEvent[];
-  readonly opens: ConnectionOpenEvent[];
-  /** The settings for the next handshake. */
-  material: TlsMaterial;
-  raw(): Promise<RawClient>;
-  connect(options?: ClientOptions['tls']): Promise<NbdClient>;
-}
-
-async function start(
-  mode: TlsMode,
-  material: Partial<TlsMaterial> = {},
-  limits: Partial<Limits> = {},
-): Promise<TlsServer> {
-  const provider = new AskedProvider([new TestExport('disk'), new TestExport('tls only')]);
-  const closes: ConnectionCloseEvent[] = [];
-  const opens: ConnectionOpenEvent[] = [];
-  const nbd = new NbdServer({
-    provider,
-    limits,
-    tls: { mode, material: () => result.material },
-    observer: { onConnectionClose: (event) => closes.push(event), onConnectionOpen: (event) => opens.push(event) },
-  });
-  onTestFinished(() => nbd.destroy());
-  const bound = await nbd.listen({ host: '127.0.0.1', port: 0 });
-  if (bound.transport !== 'tcp') throw new Error('not a TCP address');
-  const address = { host: bound.host, port: bound.port };
-  const result: TlsServer = {
-    ...{ server: nbd, provider, port: bound.port, closes, opens },
-    material: { certificate: server, verifyPeer: false, ...material },
-    raw: () => RawClient.connect(address),
-    async connect(options) {
-      const connected = await NbdClient.connect({ ...address, tls: options ?? { authorities: authority.chain } });
-      onTestFinished(() => connected.destroy());
-      return connected;
-    },
-  };
-  return result;
-}
-
-/** A raw client under TLS, after STARTTLS. */
-async function rawInTls(from: TlsServer, options: tls.ConnectionOptions = {}): Promise<RawClient> {
-  const plain = await from.raw();
-  await plain.greet();
-  return upgrade(plain, options);
-}
-
-async function upgrade(plain: RawClient, options: tls.ConnectionOptions = {}): Promise<RawClient> {
-  expect((await plain.option(OPT.STARTTLS)).map(({ type }) => type)).toEqual([REP.ACK]);
-  plain.socket.removeAllListeners('data').removeAllListeners('end');
-  const secure = tls.connect({ socket: plain.socket, rejectUnauthorized: false, ...options });
-  const inTls = new RawClient(secure);
-  await new Promise((resolve, reject) => secure.once('secureConnect', resolve).once('error', reject));
-  return inTls;
-}
-
-async function failure(attempt: Promise<unknown>): Promise<NbdClientError> {
-  const error: unknown = await attempt.then(
-    () => undefined,
-    (reason: unknown) => reason,
-  );
-  if (!(error instanceof NbdClientError)) throw new Error(`an NbdClientError was to come, not ${String(error)}`);
-  return error;
+/** With the server's certificate, unless `material` says otherwise. */
+function start(mode: TlsMode, material: Partial<TlsMaterial> = {}, limits: Partial<Limits> = {}): Promise<TlsServer> {
+  const initial = { certificate: server, verifyPeer: false, ...material };
+  return startTlsServer({ mode, material: initial, authority: authority.chain, limits });
 }
 
 describe('certificates', () => {
@@ -238,7 +119,7 @@ describe('certificates', () => {
     expect(certificateNames(certificate('DNS:a, IP Address:1.2.3.4, DNS:b'))).toEqual(['one', 'a', 'b']);
     expect(certificateNames(certificate('DNS:"a, DNS:b", DNS:c'))).toEqual(['one']);
     expect(certificateNames(certificate('', ['x', 'y']))).toEqual(['x', 'y']);
-    expect(certificateNames({} as tls.PeerCertificate)).toEqual([]);
+    expect(certificateNames({})).toEqual([]);
   });
 });
 
@@ -432,7 +313,7 @@ describe('injection and downgrade', () => {
     const selected = await plain.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation']));
     expect(selected.map(({ type }) => type)).toEqual([REP.META_CONTEXT, REP.ACK]);
     expect((await plain.option(OPT.EXTENDED_HEADERS))[0]?.type).toBe(REP.ACK);
-    const inTls = await upgrade(plain);
+    const inTls = await starttls(plain);
     // Meta contexts need structured replies, which were not negotiated under TLS.
     expect((await inTls.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation'])))[0]?.type).toBe(
       REP.ERR_INVALID,

@@ -1,59 +1,37 @@
 /**
- * TLS over a connection that began in the clear (proto.md, "TLS support"): the handshakes of both ends, and what they prove
- * about the other side. It owns the accepted versions and ciphers and the rule when a name is proven; it contains no
- * messages of NBD and reads no files.
+ * TLS over a connection that began in the clear (proto.md, "TLS support"): the handshakes of both ends. It owns the accepted
+ * versions and ciphers; it contains no messages of NBD, reads no files, and calls the program only by tls-material.ts.
  */
 
 import type { Duplex } from 'node:stream';
 import net from 'node:net';
 import tls from 'node:tls';
 import { constants } from 'node:crypto';
-
-/** 'on': a client may ask for TLS (SELECTIVETLS without TLS-only exports); 'require': it must (FORCEDTLS). */
-export type TlsMode = 'off' | 'on' | 'require';
-
-/** The server's keys, and what it requires of clients. At least one of `certificate` and `pskKey`. */
-export interface TlsMaterial {
-  /** PEM: the server's certificate (with its chain) and private key. */
-  readonly certificate?: { readonly chain: string | Buffer; readonly key: string | Buffer };
-  /** PEM: the authorities that sign client certificates. */
-  readonly authorities?: string | Buffer;
-  /** PEM: revoked client certificates. */
-  readonly revocations?: string | Buffer;
-  /** A client without a pre-shared key must show a certificate signed by `authorities`. */
-  readonly verifyPeer: boolean;
-  /** The key of a user; undefined if there is no such user. */
-  readonly pskKey?: (user: string) => Buffer | undefined;
-}
-
-/** How a server speaks TLS. */
-export interface ServerTls {
-  readonly mode: TlsMode;
-  /** Called at every handshake, so that new keys apply to the next connection. */
-  material(): TlsMaterial;
-}
-
-/** What a TLS handshake has proven. */
-export interface TlsIdentity {
-  /** "TLSv1.3" */
-  readonly protocol: string;
-  readonly cipher: string;
-  /** Common name and DNS names of the verified client certificate; empty without one. */
-  readonly certificateNames: readonly string[];
-  readonly pskUser?: string;
-}
+import { FirstFlight } from './first-flight.js';
+import { identityOf, type TlsIdentity } from './tls-identity.js';
+import {
+  asBuffer,
+  callMaterial,
+  checkPsk,
+  PskKeys,
+  refusedMaterial,
+  type ServerTime,
+  type ServerTls,
+  type TlsMaterial,
+} from './tls-material.js';
 
 /** How client and server prove themselves: by certificates, or by a pre-shared key. */
 export type ClientTls =
   | {
       /** PEM: the authorities that sign server certificates; by default those of Node. */
-      readonly authorities?: string | Buffer;
+      readonly authorities?: string | Uint8Array;
       /** PEM: the client's own certificate and key. */
-      readonly certificate?: { readonly chain: string | Buffer; readonly key: string | Buffer };
+      readonly certificate?: { readonly chain: string | Uint8Array; readonly key: string | Uint8Array };
       /** The name that the server's certificate must be for; by default the host connected to, "localhost" for unix sockets. */
       readonly serverName?: string;
     }
-  | { readonly psk: { readonly user: string; readonly key: Buffer } };
+  /** A user of the server, up to 256 bytes in UTF-8, and the user's key, 1 to 512 bytes. */
+  | { readonly psk: { readonly user: string; readonly key: Uint8Array } };
 
 /** "NBD implementations supporting TLS MUST support TLS version 1.2, SHOULD support any later versions." */
 const MIN_VERSION = 'TLSv1.2';
@@ -66,55 +44,84 @@ const PSK_CIPHERS = ['ECDHE-PSK-CHACHA20-POLY1305', 'ECDHE-PSK-AES256-CBC-SHA384
 /** No resumption: a session ticket would outlive the revocation of the key or certificate that it was issued for. */
 const OPTIONS = constants.SSL_OP_NO_TICKET | constants.SSL_OP_NO_RENEGOTIATION;
 
+export interface AcceptedTls {
+  readonly socket: tls.TLSSocket;
+  readonly identity: TlsIdentity;
+}
+
 /**
- * Server side of the handshake. `socket` must have no reader any more; its buffered bytes belong to TLS. However it fails,
- * `socket` is destroyed.
+ * Server side of the handshake, with the keys that `source` has for it; `time` limits the wait for them. `socket` must have no
+ * reader any more, and be paused; its buffered bytes belong to TLS. However it fails, `socket` is destroyed.
+ * Errors: TlsMaterialError if the program's functions fail or give something else; Error with the reason for everything else.
  */
-export function acceptTls(
-  socket: Duplex,
-  material: TlsMaterial,
-): Promise<{ readonly socket: tls.TLSSocket; readonly identity: TlsIdentity }> {
-  const { certificate, pskKey } = material;
-  let pskUser: string | undefined;
-  return new Promise((resolve, reject) => {
-    const fail = (error: Error): void => {
-      socket.destroy();
-      reject(error);
-    };
-    // A server that never listens: the public way to have Node verify the client's certificate on a given socket. Its own
-    // context (1.4 ms to create) also means that no session of an earlier connection can be resumed.
-    let server: tls.Server;
-    try {
-      server = tls.createServer({
-        minVersion: MIN_VERSION,
-        secureOptions: OPTIONS,
-        ciphers: cipherList(certificate !== undefined, pskKey !== undefined),
-        cert: certificate?.chain,
-        key: certificate?.key,
-        ca: material.authorities,
-        crl: material.revocations,
-        requestCert: material.verifyPeer,
-        rejectUnauthorized: material.verifyPeer,
-        ...(pskKey !== undefined && {
-          pskCallback: (_: tls.TLSSocket, user: string) => {
-            pskUser = user;
-            return pskKey(user) ?? null;
-          },
-        }),
-      } as tls.TlsOptions);
-    } catch (error) {
-      fail(error as Error);
-      return;
+export async function acceptTls(socket: Duplex, source: ServerTls, time: ServerTime): Promise<AcceptedTls> {
+  let flight: FirstFlight | undefined;
+  let keys: PskKeys | undefined;
+  try {
+    let material = callMaterial(source);
+    if (material instanceof Promise) {
+      flight = new FirstFlight(socket);
+      material = await time.during('got its keys from material()', flight.whileHere(material));
     }
+    if (material.pskKey !== undefined) keys = new PskKeys(material.pskKey);
+    // Before the ClientHello is here: it is on its way meanwhile.
+    const server = serverWith(material, keys);
+    if (keys !== undefined) {
+      flight ??= new FirstFlight(socket);
+      const hello = await flight.hello();
+      if (hello !== undefined) await keys.fetch(hello, flight, time);
+    }
+    flight?.giveBack();
+    if (socket.destroyed) throw new Error('the client left');
+    const secure = await handshake(server, socket, keys);
+    return { socket: secure, identity: identityOf(secure, isByPreSharedKey(secure) ? keys?.user : undefined) };
+  } catch (error) {
+    flight?.stop();
+    socket.destroy();
+    throw error;
+  } finally {
+    keys?.forget();
+  }
+}
+
+/**
+ * A server that never listens: the public way to have Node verify the client's certificate on a given socket. Its own context
+ * (1.4 ms to create) also means that no session of an earlier connection can be resumed. Errors: TlsMaterialError.
+ */
+function serverWith(material: TlsMaterial, keys: PskKeys | undefined): tls.Server {
+  const { certificate, verifyPeer } = material;
+  const options: tls.TlsOptions = {
+    minVersion: MIN_VERSION,
+    secureOptions: OPTIONS,
+    ciphers: cipherList(certificate !== undefined, keys !== undefined),
+    cert: asBuffer(certificate?.chain),
+    key: asBuffer(certificate?.key),
+    ca: asBuffer(material.authorities),
+    crl: asBuffer(material.revocations),
+    requestCert: verifyPeer,
+    rejectUnauthorized: verifyPeer,
+    ...(keys && { pskCallback: (_, user) => keys.answer(user) }),
+  };
+  try {
+    return tls.createServer(options);
+  } catch (error) {
+    throw refusedMaterial(material, error);
+  }
+}
+
+function handshake(server: tls.Server, socket: Duplex, keys: PskKeys | undefined): Promise<tls.TLSSocket> {
+  return new Promise((resolve, reject) => {
     server.once('tlsClientError', (error, failed) => {
       // Null unless the certificate was refused, whatever Node's types say.
       const authorizationError = failed.authorizationError as Error | string | null;
-      fail(new Error(authorizationError ? `the client's certificate: ${String(authorizationError)}` : reasonOf(error)));
+      const reason = authorizationError ? `the client's certificate: ${String(authorizationError)}` : reasonOf(error);
+      reject(keys?.trouble ?? new Error(reason));
     });
     server.once('secureConnection', (secure) => {
       secure.allowHalfOpen = true;
-      const byKey = isByPreSharedKey(secure);
-      resolve({ socket: secure, identity: identityOf(secure, byKey ? pskUser : undefined) });
+      // The client may have gone on with a certificate.
+      if (keys?.trouble !== undefined) reject(keys.trouble);
+      else resolve(secure);
     });
     // After tlsClientError has given its reason: Node closes the socket first.
     socket.once('close', () => setImmediate(reject, new Error('the client left')));
@@ -138,6 +145,7 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
     try {
       if (isPsk) {
         const { user, key } = options.psk;
+        checkPsk(user, key);
         secure = tls.connect({
           ...common,
           pskCallback: () => ({ psk: key, identity: user }),
@@ -150,9 +158,9 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
           ...common,
           host: name,
           ...(net.isIP(name) === 0 && { servername: name }),
-          ca: options.authorities,
-          cert: options.certificate?.chain,
-          key: options.certificate?.key,
+          ca: asBuffer(options.authorities),
+          cert: asBuffer(options.certificate?.chain),
+          key: asBuffer(options.certificate?.key),
         });
       }
     } catch (error) {
@@ -186,30 +194,4 @@ function cipherList(certificates: boolean, psk: boolean): string {
 function isByPreSharedKey(socket: tls.TLSSocket): boolean {
   const isTls13 = socket.getProtocol() === 'TLSv1.3';
   return isTls13 ? socket.isSessionReused() : socket.getCipher().standardName.includes('_PSK_');
-}
-
-function identityOf(socket: tls.TLSSocket, pskUser: string | undefined): TlsIdentity {
-  return {
-    protocol: socket.getProtocol() ?? 'unknown',
-    cipher: socket.getCipher().standardName,
-    certificateNames: socket.authorized && pskUser === undefined ? certificateNames(socket.getPeerCertificate()) : [],
-    ...(pskUser !== undefined && { pskUser }),
-  };
-}
-
-/** Common names and DNS names. Names that Node quotes are ignored: a comma in one could pose as a second name. */
-export function certificateNames(certificate: tls.PeerCertificate): string[] {
-  const names = new Set<string>();
-  // A client that shows no certificate has an empty object here, whatever Node's types say.
-  const commonName: unknown = (certificate as Partial<tls.PeerCertificate>).subject?.CN;
-  for (const name of Array.isArray(commonName) ? (commonName as unknown[]) : [commonName]) {
-    if (typeof name === 'string' && name !== '') names.add(name);
-  }
-  const alternatives = certificate.subjectaltname ?? '';
-  if (!alternatives.includes('"')) {
-    for (const entry of alternatives.split(', ')) {
-      if (entry.startsWith('DNS:')) names.add(entry.slice('DNS:'.length));
-    }
-  }
-  return [...names];
 }

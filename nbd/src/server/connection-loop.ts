@@ -7,7 +7,7 @@
 import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
-import type { ServerTls } from '../protocol/tls.js';
+import type { ServerTls } from '../protocol/tls-material.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
 import { Connection } from './connection.js';

@@ -2,7 +2,7 @@
 
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
-import type { ServerTls } from '../protocol/tls.js';
+import type { ServerTls } from '../protocol/tls-material.js';
 import type { BufferPool } from './buffer-pool.js';
 import type { HeldSockets } from './held-sockets.js';
 import type { InPlaceSocket } from './in-place-socket.js';

@@ -7,7 +7,8 @@
 import type { Duplex } from 'node:stream';
 import type { Ending, ExportProvider, Peer } from '../block-device.js';
 import { ByteReader } from '../protocol/byte-reader.js';
-import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
+import { acceptTls, type AcceptedTls } from '../protocol/tls.js';
+import { TlsMaterialError, type ServerTls, type TlsMode } from '../protocol/tls-material.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ClientExport } from './client-export.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
@@ -255,11 +256,12 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.stopReading();
     plain.pause();
     await this.send(acknowledgement);
-    let accepted: Awaited<ReturnType<typeof acceptTls>>;
+    let accepted: AcceptedTls;
     try {
       this.#isInTlsHandshake = true;
-      accepted = await acceptTls(plain, tls.material());
+      accepted = await acceptTls(plain, tls, this.clock);
     } catch (error) {
+      if (error instanceof TlsMaterialError) this.export.unexpected(error);
       throw new Error(`the TLS handshake failed: ${(error as Error).message}`, { cause: error });
     } finally {
       this.#isInTlsHandshake = false;

@@ -5,7 +5,7 @@
 
 import type { ExportInfo, ExportProvider, Geometry, Peer } from '../block-device.js';
 import type { ByteReader } from '../protocol/byte-reader.js';
-import type { TlsMode } from '../protocol/tls.js';
+import type { TlsMode } from '../protocol/tls-material.js';
 import type { Negotiated } from '../protocol/wire.js';
 import type { ClientExport } from './client-export.js';
 import type { ServedDevice } from './geometry.js';

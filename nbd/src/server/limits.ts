@@ -31,7 +31,7 @@ export interface Limits {
   readonly handshakeTimeoutMs: number;
   /** Added for each export listed to the client, milliseconds: it may query each of them on this connection. */
   readonly handshakeMsPerListedExport: number;
-  /** For the server to open or describe one export, or to list all, milliseconds. */
+  /** For the server to open or describe one export, to list all, or to get its TLS keys, milliseconds. */
   readonly openTimeoutMs: number;
   /** Longest option data that is parsed, bytes. Longer data are drained and answered NBD_REP_ERR_TOO_BIG. */
   readonly maxOptionBytes: number;

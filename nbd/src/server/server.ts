@@ -7,7 +7,7 @@
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
-import type { ServerTls } from '../protocol/tls.js';
+import type { ServerTls } from '../protocol/tls-material.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
 import { ConnectionLoop } from './connection-loop.js';
