@@ -19,6 +19,7 @@ import {
   type ServerTls,
   type TlsMaterial,
 } from './tls-material.js';
+import { encryptInParts } from './tls-output.js';
 
 /** How client and server prove themselves: by certificates, or by a pre-shared key. */
 export type ClientTls =
@@ -119,6 +120,7 @@ function handshake(server: tls.Server, socket: Duplex, keys: PskKeys | undefined
     });
     server.once('secureConnection', (secure) => {
       secure.allowHalfOpen = true;
+      encryptInParts(secure);
       // The client may have gone on with a certificate.
       if (keys?.trouble !== undefined) reject(keys.trouble);
       else resolve(secure);
@@ -172,7 +174,10 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
     secure.once('secureConnect', () => {
       secure.off('error', fail);
       if (isPsk && !isByPreSharedKey(secure)) fail(new Error('the server did not use the pre-shared key'));
-      else resolve(secure);
+      else {
+        encryptInParts(secure);
+        resolve(secure);
+      }
     });
   });
 }

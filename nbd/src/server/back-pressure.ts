@@ -65,10 +65,10 @@ export class BackPressure {
     return !(isBacklogged && !isRefusing) && !this.isSaturated(isRefusing);
   }
 
-  /** Continue later with `rest`, which the transmission owns. */
+  /** Continue later with `rest`, which the transmission owns unless it is lent. */
   hold(rest: Buffer): void {
     const block = this.#memory.parsed;
-    if (block === undefined) this.#keep(rest, undefined);
+    if (block === undefined) this.#keep(this.#memory.isLent ? Buffer.from(rest) : rest, undefined);
     // A short rest is copied, so that the block is free for the next input.
     else if (rest.length <= OWN_RECEIVE_BYTES) this.#keep(Buffer.from(rest), undefined);
     else {

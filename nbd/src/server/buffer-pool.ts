@@ -9,7 +9,8 @@
  *
  * No request waits while it holds memory: it gets all that it needs at once, before its payload is read, or nothing; so
  * there is no deadlock. A quarter of the budget is for small requests, so that large ones do not delay them. When that is
- * used up, every connection still has OWN_BYTES, and its own block to receive into, and makes progress with these.
+ * used up, every connection may still have OWN_BYTES and OWN_RECEIVE_BYTES, and makes progress with these. It has them while
+ * it uses them: a quiet connection has no memory.
  */
 
 import { releaseMemory } from './release-memory.js';
@@ -28,9 +29,9 @@ const RECEIVE_BYTES = 256 * 1024;
  * 1 MiB.
  */
 const HEADROOM = 64;
-/** Memory that each connection has beside the budget, for replies or for a payload. */
+/** Memory that each connection may have beside the budget, for replies or for a payload. */
 export const OWN_BYTES = 64 * 1024 + HEADROOM;
-/** The same, to receive requests into. Held input is a copy of at most as much: 128 KiB in all. */
+/** The same, for the data of small writes. Held input is a copy of at most as much: 128 KiB in all. */
 export const OWN_RECEIVE_BYTES = 32 * 1024;
 /** Large buffers have multiples of this size, so that requests of similar sizes reuse them. */
 const LARGE_STEP = 64 * 1024;
@@ -40,9 +41,9 @@ const SMALL_SHARE = 1 / 4;
 const KEPT_SMALL_SHARE = 1 / 4;
 /** Slabs and receive blocks kept for reuse, for all connections together. */
 const KEPT_SMALL_BYTES = 12 * 1024 * 1024;
-/** Own blocks kept for reuse: 2 MiB. */
+/** Own blocks of each kind kept for reuse: 3 MiB. */
 const KEPT_OWN = 32;
-/** Blocks unused for so long are given back to the system, milliseconds. */
+/** Blocks unused for so long are given back to the system, milliseconds; small ones after at most twice as long. */
 const KEEP_MS = 5_000;
 /** How often that is checked, and how much is given back at a time: the system needs a millisecond for 5 MiB. */
 const TICK_MS = 100;
@@ -57,6 +58,38 @@ const MEDIUM_BYTES = 1024 * 1024 + HEADROOM;
 const MEDIUM_SHARE = 1 / 10;
 /** After a slab was refused the small share counts as used up for so long, milliseconds. */
 const SHORTAGE_MS = 2_000;
+
+/** Blocks of one kind, kept for reuse: the one given back last is taken first. */
+class KeptBlocks {
+  readonly #blocks: Block[] = [];
+  /** The fewest that there were since the last look: so many were not needed. */
+  #fewest = 0;
+
+  get count(): number {
+    return this.#blocks.length;
+  }
+
+  put(block: Block): void {
+    this.#blocks.push(block);
+  }
+
+  take(): Block | undefined {
+    const block = this.#blocks.pop();
+    if (this.#blocks.length < this.#fewest) this.#fewest = this.#blocks.length;
+    return block;
+  }
+
+  /** Give those that were not needed since the last call back to the system. Returns their bytes. */
+  releaseUnneeded(): number {
+    let bytes = 0;
+    for (const block of this.#blocks.splice(0, this.#fewest)) {
+      bytes += block.buffer.length;
+      releaseMemory(block.buffer);
+    }
+    this.#fewest = this.#blocks.length;
+    return bytes;
+  }
+}
 
 type BlockKind = 'slab' | 'receive' | 'large' | 'own' | 'ownReceive';
 
@@ -84,6 +117,7 @@ export class MemoryAccount {
   /** Bytes of the budget that it holds. */
   held = 0;
   isOwnTaken = false;
+  isOwnReceiveTaken = false;
   /** Bytes that it waits for, or that are reserved for it; 0: neither. */
   wanted = 0;
   isGranted = false;
@@ -127,9 +161,10 @@ export class BufferPool {
   #largeUsed = 0;
   #keptSmall = 0;
   #keptLarge = 0;
-  readonly #slabs: Block[] = [];
-  readonly #receives: Block[] = [];
-  readonly #own: Block[] = [];
+  readonly #slabs = new KeptBlocks();
+  readonly #receives = new KeptBlocks();
+  readonly #own = new KeptBlocks();
+  readonly #ownReceives = new KeptBlocks();
   /** In the order in which they were given back. */
   readonly #large: Block[] = [];
   /** Accounts that wait for more than MEDIUM_BYTES, and for at most that. */
@@ -138,6 +173,7 @@ export class BufferPool {
   #isGrantScheduled = false;
   #refusedSlabAt = -Infinity;
   #timer: NodeJS.Timeout | undefined;
+  #smallTimer: NodeJS.Timeout | undefined;
 
   /** @param maxBytes the budget; a request that needs more than all of it gets its memory when no other holds any */
   constructor(maxBytes: number) {
@@ -187,14 +223,18 @@ export class BufferPool {
   takeOwn(account: MemoryAccount): Block | undefined {
     if (account.isOwnTaken) return undefined;
     account.isOwnTaken = true;
-    const block = this.#own.pop() ?? new Block(Buffer.allocUnsafeSlow(OWN_BYTES), 'own');
+    const block = this.#own.take() ?? new Block(Buffer.allocUnsafeSlow(OWN_BYTES), 'own');
     block.account = account;
     return block;
   }
 
-  /** The same, to receive requests into. A connection takes it once. */
-  takeOwnReceive(): Block {
-    return new Block(Buffer.allocUnsafeSlow(OWN_RECEIVE_BYTES), 'ownReceive');
+  /** The same, for the data of small writes. */
+  takeOwnReceive(account: MemoryAccount): Block | undefined {
+    if (account.isOwnReceiveTaken) return undefined;
+    account.isOwnReceiveTaken = true;
+    const block = this.#ownReceives.take() ?? new Block(Buffer.allocUnsafeSlow(OWN_RECEIVE_BYTES), 'ownReceive');
+    block.account = account;
+    return block;
   }
 
   /** Whether there is memory for a request of `length` bytes; if not, see `wait`. */
@@ -265,7 +305,7 @@ export class BufferPool {
       const size = block.buffer.length;
       if (block.isLost || this.#keptSmall + size > this.#keptSmallMax) return;
       this.#keptSmall += size;
-      (kind === 'slab' ? this.#slabs : this.#receives).push(block);
+      this.#keepSmall(block, kind === 'slab' ? this.#slabs : this.#receives);
     } else if (kind === 'large') {
       if (account !== undefined) {
         this.#unuse(account, block.charge);
@@ -275,14 +315,32 @@ export class BufferPool {
       this.#scheduleGrant();
     } else if (kind === 'own') {
       if (account !== undefined) account.isOwnTaken = false;
-      if (!block.isLost && this.#own.length < KEPT_OWN) this.#own.push(block);
+      if (!block.isLost && this.#own.count < KEPT_OWN) this.#keepSmall(block, this.#own);
+    } else {
+      if (account !== undefined) account.isOwnReceiveTaken = false;
+      if (!block.isLost && this.#ownReceives.count < KEPT_OWN) this.#keepSmall(block, this.#ownReceives);
     }
   }
 
-  #takeSmall(account: MemoryAccount, kept: Block[], kind: BlockKind, size: number): Block | undefined {
+  #keepSmall(block: Block, among: KeptBlocks): void {
+    among.put(block);
+    this.#smallTimer ??= setInterval(this.#releaseSmall, KEEP_MS).unref();
+  }
+
+  /** No clock is read when a small block is taken or given back: that happens for every batch of requests. */
+  readonly #releaseSmall = (): void => {
+    this.#keptSmall -= this.#slabs.releaseUnneeded() + this.#receives.releaseUnneeded();
+    this.#own.releaseUnneeded();
+    this.#ownReceives.releaseUnneeded();
+    if (this.#slabs.count + this.#receives.count + this.#own.count + this.#ownReceives.count > 0) return;
+    clearInterval(this.#smallTimer);
+    this.#smallTimer = undefined;
+  };
+
+  #takeSmall(account: MemoryAccount, kept: KeptBlocks, kind: BlockKind, size: number): Block | undefined {
     const charge = size * account.copies;
     if (this.#smallUsed + charge > this.#smallMax) return undefined;
-    let block = kept.pop();
+    let block = kept.take();
     if (block === undefined) block = new Block(Buffer.allocUnsafeSlow(size), kind);
     else this.#keptSmall -= size;
     this.#charge(block, account, charge);

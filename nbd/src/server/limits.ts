@@ -47,7 +47,7 @@ export interface Limits {
   readonly maxUnsentBytes: number;
   /**
    * Memory for the requests and replies of all connections, bytes: a read until the client has taken its reply, a write until
-   * it is done. Requests beyond it wait. In addition every connection has 128 KiB, so that small requests always make progress.
+   * it is done. Requests beyond it wait. In addition every connection may use 128 KiB, so that small requests always make progress.
    * At least MIN_MEMORY_BYTES.
    */
   readonly maxMemoryBytes: number;

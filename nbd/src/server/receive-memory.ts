@@ -1,67 +1,62 @@
 /**
- * The memory that a connection's socket receives into. It owns the blocks and chooses the next one: the connection's own small
- * block, a larger one of the pool for clients that send much, or a scratch buffer if there is neither. It never looks at the
- * bytes received.
+ * The memory that a connection's socket receives into. It owns the connection's block and chooses where the next bytes go: into
+ * memory that all connections of the thread share, or, while more bytes are known to wait, into a block of the pool. It never
+ * looks at the bytes received.
+ *
+ * A socket must have memory before anything arrives, and most clients are quiet most of the time. So a connection that waits
+ * for its client has none of its own: what it receives is parsed before another socket is read, and what is needed longer (the
+ * data of a write) is copied. Only a client that sends more than fits is given a block, and what arrives there stays there.
  */
 
-import type { Duplex } from 'node:stream';
-import { OWN_RECEIVE_BYTES, type Block, type BufferPool, type MemoryAccount } from './buffer-pool.js';
+import type { Block, BufferPool, MemoryAccount } from './buffer-pool.js';
 
-/** Least free room in a block for the next receive, bytes; in the connection's own block less is enough. */
+/**
+ * Bytes of the shared memory, which a write's data are copied from: few, so that little is copied before a block is taken. Odd,
+ * since requests and blocks have even lengths: so a client is rarely silent after having filled exactly this much, or this
+ * much and some blocks, which would leave it with a block that it does not use.
+ */
+const SHARED_BYTES = 16 * 1024 + 1;
+/** Least free room in a block for the next receive, bytes. */
 const MIN_RECEIVE_BYTES = 64 * 1024;
-const MIN_OWN_RECEIVE_BYTES = 8 * 1024;
-/** After so many consecutive receives of less than half of its own block a connection gives its larger block back. */
-const SMALL_RECEIVES = 64;
-/** Scratch for input while all other memory is in use, bytes: enough to decode headers. */
-const SCRATCH_BYTES = 4 * 1024;
 
-/** The kind of buffer that the socket received last. */
-type Target = 'payload' | 'block' | 'scratch';
+/** One per event loop: each thread has its own. Its bytes are parsed or copied before anything else is received. */
+const shared = Buffer.allocUnsafeSlow(SHARED_BYTES);
+
+/** The kind of buffer that the socket receives into. */
+type Target = 'payload' | 'block' | 'shared';
 
 export class ReceiveMemory {
-  /** There is no memory to receive into until a write in `own` has finished. The socket is paused. */
-  isStarved = false;
   /** The block of the bytes being parsed: a write that is still running after the turn must pin it. */
   parsed: Block | undefined;
-  target: Target = 'block';
+  /** The bytes being parsed are in shared memory: what outlives the turn must be copied (see `keep`). */
+  isLent = false;
+  target: Target = 'shared';
+  /** The block of the bytes that `keep` returned last, pinned for its caller. */
+  keptIn: Block | undefined;
 
-  /** The block for the next bytes, unless they are received into a payload. */
+  /** What is received or kept goes here; pinned once for that. */
   #block: Block | undefined;
-  /** The block outside of the budget; `block` may be another one. */
-  #own: Block | undefined;
-  #scratch: Buffer | undefined;
-  /** Free bytes at the last receive, and whether the socket filled all of them lately. */
+  /** Free bytes of the block at the last receive, and whether the socket filled all memory that it was given. */
   #room = 0;
-  #wantsLarge = false;
-  #smallReceives = 0;
+  #isFull = false;
 
-  readonly #socket: Duplex;
   readonly #pool: BufferPool;
   readonly #account: MemoryAccount;
-  /** Called when there is memory to receive into again. */
-  readonly #onFed: () => void;
 
-  constructor(
-    socket: Duplex,
-    pool: BufferPool,
-    account: MemoryAccount,
-
-    onFed: () => void,
-  ) {
-    this.#socket = socket;
+  constructor(pool: BufferPool, account: MemoryAccount) {
     this.#pool = pool;
     this.#account = account;
-    this.#onFed = onFed;
+  }
+
+  /** The last receive filled all memory that it was given: more is waiting. */
+  get isFull(): boolean {
+    return this.#isFull;
   }
 
   /** The buffer for the next bytes. */
   next(): Buffer {
-    const block = this.#choose();
-    if (block === undefined) {
-      this.isStarved = true;
-      this.#socket.pause();
-      return this.forNobody();
-    }
+    const block = this.#isFull ? this.#roomyBlock() : undefined;
+    if (block === undefined) return this.forNobody();
     this.target = 'block';
     this.#room = block.buffer.length - block.used;
     return block.buffer.subarray(block.used);
@@ -69,86 +64,100 @@ export class ReceiveMemory {
 
   /** Receive the next bytes into this part of a payload. */
   intoPayload(rest: Buffer): Buffer {
-    this.target = 'payload';
+    this.#moveTo('payload');
+    this.#isFull = false;
     return rest;
   }
 
-  /** Memory for bytes that are copied at once, or discarded. */
+  /** Memory for bytes that are parsed or copied at once, or discarded. */
   forNobody(): Buffer {
-    this.target = 'scratch';
-    return (this.#scratch ??= Buffer.allocUnsafeSlow(SCRATCH_BYTES));
+    this.#moveTo('shared');
+    return shared;
   }
 
-  /** The socket has received `length` bytes, not into a payload. Returns them; the caller parses them now. */
+  /** The socket has received `length` bytes, not into a payload. Returns them; the caller parses them, then calls `finish`. */
   take(length: number): Buffer {
-    if (this.target === 'scratch') {
-      if (this.#scratch === undefined) throw new Error('receive-memory: received into nothing');
-      // Rare. A copy, since the next receive uses the scratch again.
-      return Buffer.from(this.#scratch.subarray(0, length));
+    if (this.target === 'shared') {
+      this.#isFull = length === SHARED_BYTES;
+      this.isLent = true;
+      return shared.subarray(0, length);
     }
     const block = this.#block;
     if (block === undefined) throw new Error('receive-memory: received into nothing');
-    if (length === this.#room) this.#wantsLarge = true;
-    else if (length >= OWN_RECEIVE_BYTES / 2) this.#smallReceives = 0;
-    else this.#smallReceives++;
+    this.#isFull = length === this.#room;
     const chunk = block.buffer.subarray(block.used, block.used + length);
     block.used += length;
     this.parsed = block;
     return chunk;
   }
 
+  /** What was taken has been parsed. */
+  finish(): void {
+    this.parsed = undefined;
+    this.isLent = false;
+  }
+
+  /**
+   * Copy `length` bytes of `chunk`, which is lent, from `at` on. Undefined if there is no memory for it; else `keptIn` is its
+   * block, with a pin for the caller.
+   */
+  keep(chunk: Buffer, at: number, length: number): Buffer | undefined {
+    let block = this.#block;
+    if (block === undefined || block.buffer.length - block.used < length) {
+      block = this.#pool.takeReceive(this.#account) ?? this.#pool.takeOwnReceive(this.#account);
+      if (block === undefined || block.buffer.length < length) {
+        if (block !== undefined) this.#pool.give(block);
+        return undefined;
+      }
+      this.#replaceBlock(block);
+    }
+    const start = block.used;
+    chunk.copy(block.buffer, start, at, at + length);
+    block.used += length;
+    block.pins++;
+    this.keptIn = block;
+    return block.buffer.subarray(start, block.used);
+  }
+
   /** One user of `block` has finished with it. */
   unpin(block: Block): void {
     block.pins--;
-    if (block.pins === 0) this.#pool.give(block);
-    else if (this.isStarved && block === this.#own && block.pins === 1) {
-      this.isStarved = false;
-      this.#onFed();
+    if (block.pins === 1 && block === this.#block && this.target !== 'block') {
+      this.#block = undefined;
+      block.pins = 0;
     }
+    if (block.pins === 0) this.#pool.give(block);
   }
 
   /** The socket is gone. */
   close(): void {
-    const block = this.#block;
-    const own = this.#own;
-    this.#block = this.#own = undefined;
-    if (block !== undefined && block !== own) this.unpin(block);
-    if (own !== undefined) this.unpin(own);
+    this.#moveTo('shared');
+    this.#replaceBlock(undefined);
   }
 
-  /** A block with room to receive into. Undefined if there is none until a write has finished. */
-  #choose(): Block | undefined {
+  /** The next bytes go elsewhere than into the block: without users it is given back. */
+  #moveTo(target: Target): void {
+    this.target = target;
+    if (this.#block?.pins === 1) this.#replaceBlock(undefined);
+  }
+
+  /** A block with much room to receive into. Undefined if there is no memory. */
+  #roomyBlock(): Block | undefined {
     let block = this.#block;
     if (block !== undefined) {
-      const isFree = block.pins === 1;
       // No write uses it: start at its front again.
-      if (isFree) block.used = 0;
-      const isOwn = block === this.#own;
-      const isWanted = isOwn ? !this.#wantsLarge : !(isFree && this.#smallReceives >= SMALL_RECEIVES);
-      const least = isOwn ? MIN_OWN_RECEIVE_BYTES : MIN_RECEIVE_BYTES;
-      if (isWanted && block.buffer.length - block.used >= least) return block;
-      if (!isOwn) {
-        this.#block = undefined;
-        if (isFree) this.#wantsLarge = false;
-        this.unpin(block);
-      }
+      if (block.pins === 1) block.used = 0;
+      if (block.buffer.length - block.used >= MIN_RECEIVE_BYTES) return block;
     }
-    let own = this.#own;
-    if (own === undefined) {
-      this.#own = own = this.#pool.takeOwnReceive();
-      own.pins = 1;
-    }
-    const isOwnFree = own.pins === 1;
-    if (isOwnFree) own.used = 0;
-    block = this.#wantsLarge || !isOwnFree ? this.#pool.takeReceive(this.#account) : undefined;
-    if (block !== undefined) {
-      block.pins = 1;
-      this.#smallReceives = 0;
-    } else {
-      if (own.buffer.length - own.used < MIN_OWN_RECEIVE_BYTES) return undefined;
-      block = own;
-    }
-    this.#block = block;
+    block = this.#pool.takeReceive(this.#account);
+    if (block !== undefined) this.#replaceBlock(block);
     return block;
+  }
+
+  #replaceBlock(next: Block | undefined): void {
+    const before = this.#block;
+    this.#block = next;
+    if (next !== undefined) next.pins = 1;
+    if (before !== undefined) this.unpin(before);
   }
 }

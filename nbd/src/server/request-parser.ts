@@ -71,6 +71,7 @@ export class RequestParser {
   readonly #request = new Request();
   readonly #headerBytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
   #headerFill = 0;
+  #keptIn: Block | undefined;
 
   constructor(parts: ParserParts) {
     this.#host = parts.host;
@@ -106,7 +107,6 @@ export class RequestParser {
     const loopUser = this.#loopUser;
     const payload = this.#payload;
     const backPressure = this.#backPressure;
-    const memory = this.#memory;
     const { loop } = this.#host;
     const end = chunk.length;
     let at = 0;
@@ -157,13 +157,12 @@ export class RequestParser {
 
       const { payloadLength } = request;
       if (payloadLength > 0) {
+        let data: Buffer | undefined;
         if (refusal !== undefined) {
           if (!this.#skipPayload(refusal)) return;
-        } else if (end - at >= payloadLength) {
-          const data = chunk.subarray(at, at + payloadLength);
+        } else if (end - at >= payloadLength && (data = this.#keep(chunk, at, payloadLength)) !== undefined) {
           at += payloadLength;
-          if (memory.parsed !== undefined) memory.parsed.pins++;
-          this.#take(data, memory.parsed);
+          this.#take(data, this.#keptIn);
         } else if (!payload.begin(payloadLength)) {
           backPressure.waitForMemory(payloadLength, chunk.subarray(at));
           return;
@@ -214,6 +213,22 @@ export class RequestParser {
     }
     this.#payload.skip(length, refusal);
     return true;
+  }
+
+  /**
+   * The payload of `length` bytes at `at` in `chunk`, in memory that the device may use until it has answered; `keptIn` is its
+   * block, pinned once, if it is pooled. Undefined if there is no memory for it.
+   */
+  #keep(chunk: Buffer, at: number, length: number): Buffer | undefined {
+    const memory = this.#memory;
+    if (memory.isLent) {
+      const data = memory.keep(chunk, at, length);
+      this.#keptIn = memory.keptIn;
+      return data;
+    }
+    if (memory.parsed !== undefined) memory.parsed.pins++;
+    this.#keptIn = memory.parsed;
+    return chunk.subarray(at, at + length);
   }
 
   payloadCame(length: number): void {

@@ -33,6 +33,9 @@ import type { TransmissionHost } from './transmission-host.js';
 /** Under TLS data are in memory twice: in the clear, and encrypted. */
 const TLS_COPIES = 2;
 
+/** Shorter payloads are received together with what follows them, bytes. */
+const STREAMED_BYTES = 128 * 1024;
+
 /** Held input of no bytes: what is received next waits. */
 const NOTHING = Buffer.alloc(0);
 
@@ -69,9 +72,7 @@ export class Transmission implements LoopTask {
     const account = new MemoryAccount(() => this.#queue(), 'encrypted' in socket ? TLS_COPIES : 1);
     const encoder = chooseReplyEncoder(rules.negotiated);
     const inFlight = new RequestsInFlight(host, () => this.#scheduleSettle());
-    const memory = new ReceiveMemory(socket, pool, account, () => {
-      if (this.#mayReceive) socket.resume();
-    });
+    const memory = new ReceiveMemory(pool, account);
     const payload = new IncomingPayload(pool, account);
     const replies = new ReplyQueue(socket, pool, account, encoder, () => this.#resume());
     const sparseReads = new SparseReads(host, device, rules, account, inFlight, encoder, replies);
@@ -137,9 +138,8 @@ export class Transmission implements LoopTask {
 
   /** Whether the next step is the client's: to read a reply, or to send the rest of a payload. */
   get waitsForClient(): boolean {
-    // Without memory to receive into, or before its turn of the loop, the client waits for us.
-    const isHeard = !this.#memory.isStarved && this.#backPressure.held === undefined;
-    return this.#replies.unsentBytes > 0 || (this.#payload.left > 0 && isHeard);
+    // With held input the client waits for us.
+    return this.#replies.unsentBytes > 0 || (this.#payload.left > 0 && this.#backPressure.held === undefined);
   }
 
   /** No further input is parsed. */
@@ -158,7 +158,7 @@ export class Transmission implements LoopTask {
 
   // --- Receiving ---
 
-  /** Parse bytes from the client. The transmission owns `chunk` from now on. */
+  /** Parse bytes from the client. The transmission owns `chunk` from now on, unless it is lent (see ReceiveMemory). */
   feed(chunk: Buffer): void {
     if (this.#isDeaf) return;
     this.#isHeard = true;
@@ -188,6 +188,8 @@ export class Transmission implements LoopTask {
     }
     // Held input comes first: where the new bytes belong is known only when it is parsed.
     if (payload.isWorthReceivingInPlace && this.#backPressure.held === undefined) {
+      // Of a stream of such requests several are received at once: two receives for each take longer than copying the first.
+      if (memory.isFull && payload.left < STREAMED_BYTES) return memory.next();
       return memory.intoPayload(payload.rest);
     }
     return memory.next();
@@ -205,7 +207,7 @@ export class Transmission implements LoopTask {
       return;
     }
     this.feed(memory.take(length));
-    memory.parsed = undefined;
+    memory.finish();
   }
 
   /** The payload of a write has been received in place: the next input may have to wait for its turn of the loop. */
@@ -229,7 +231,7 @@ export class Transmission implements LoopTask {
 
   /** Whether the socket may bring more. */
   get #mayReceive(): boolean {
-    return this.#backPressure.held === undefined && !this.#isDeaf && !this.#memory.isStarved;
+    return this.#backPressure.held === undefined && !this.#isDeaf;
   }
 
   #queue(): void {
@@ -253,7 +255,7 @@ export class Transmission implements LoopTask {
     if (held === undefined) return;
     const block = memory.parsed;
     this.#parser.parse(held);
-    memory.parsed = undefined;
+    memory.finish();
     if (block !== undefined) memory.unpin(block);
     this.#replies.flush();
     if (this.#mayReceive) this.#host.socket.resume();
