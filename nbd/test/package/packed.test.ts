@@ -83,6 +83,7 @@ async function sharesCopies(node: string): Promise<void> {
   const program = path.join(project, 'two-copies.mjs');
   fs.copyFileSync(path.join(import.meta.dirname, 'two-copies.mjs'), program);
   expect(await run(node, [program, 'one'], { cwd: project })).toBe('both\n');
+  expect(await run(node, ['--no-experimental-require-module', program, 'two'], { cwd: project })).toBe('both\n');
 }
 
 /** The tool, or the end of the test: installTools has printed why it is missing. */
