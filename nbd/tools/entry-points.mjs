@@ -13,6 +13,18 @@ export const ENTRY_POINTS = {
   './block-device': 'block-device',
   './client': 'client/client',
   './limits': 'server/limits',
+  // Devices
+  './file': 'devices/file',
+  './http-range': 'devices/http-range',
+  './memory': 'devices/memory',
+  // Filters: devices made of devices
+  './cache': 'filters/cache',
+  './delay': 'filters/delay',
+  './error': 'filters/error',
+  './overlay': 'filters/overlay',
+  './partition': 'filters/partition',
+  './read-only': 'filters/read-only',
+  './stats': 'filters/stats',
 };
 
 /**

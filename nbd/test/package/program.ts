@@ -6,52 +6,33 @@
  *     node program.mjs /tmp/ram.sock
  */
 import { strict as assert } from 'node:assert';
-import { DeviceError, ExportError, NbdServer, type BlockDevice, type ExportProvider } from 'nbd-server-ts';
+import { DeviceError, serve, type Device } from 'nbd-server-ts';
 import { ALLOCATION_CONTEXT } from 'nbd-server-ts/block-device';
 import { NbdClient, NbdClientError } from 'nbd-server-ts/client';
 import { DEFAULT_LIMITS, type Limits } from 'nbd-server-ts/limits';
+import { memoryDevice } from 'nbd-server-ts/memory';
+import { stats } from 'nbd-server-ts/stats';
 
 const MEBIBYTE = 1024 * 1024;
 
-class RamDisk implements BlockDevice {
-  readonly geometry = { size: 4 * MEBIBYTE, canTrim: true };
-  readonly #bytes = Buffer.alloc(this.geometry.size);
-
-  read(offset: number, into: Buffer): void {
-    this.#bytes.copy(into, 0, offset);
-  }
-
-  write(offset: number, data: Buffer): void {
-    data.copy(this.#bytes, offset);
-  }
-
-  flush(): void {
-    // Memory is all that there is.
-  }
-
-  trim(): void {
+const disk = Buffer.alloc(4 * MEBIBYTE);
+const device: Device = {
+  size: disk.length,
+  read: (offset, into) => disk.copy(into, 0, offset),
+  write: (offset, data) => {
+    disk.set(data, offset);
+  },
+  trim: () => {
     throw new DeviceError('ENOSPC', 'no space to forget anything');
-  }
-
-  close(): void {
-    // The next connection finds the disk as it is.
-  }
-}
-
-const device = new RamDisk();
-const info = { name: 'ram', description: 'a disk in memory' };
-
-function find(name: string): { device: BlockDevice; geometry: BlockDevice['geometry']; info: typeof info } {
-  if (name !== 'ram' && name !== '') throw new ExportError('UNKNOWN', `no export "${name}"`);
-  return { device, geometry: device.geometry, info };
-}
+  },
+};
 
 async function useAsClient(path: string): Promise<void> {
   const client = await NbdClient.connect({ path });
   const isUnknown = (error: unknown): boolean => error instanceof NbdClientError && error.code === 'UNKNOWN_EXPORT';
   await assert.rejects(client.info('absent'), isUnknown);
   const details = await client.go('ram');
-  assert.equal(details.size, device.geometry.size);
+  assert.equal(details.size, disk.length);
   await client.write(MEBIBYTE - 2, Buffer.from('kept'));
   assert.equal((await client.read(MEBIBYTE - 2, 4)).toString(), 'kept');
   const isFull = (error: unknown): boolean => error instanceof NbdClientError && error.code === 'ENOSPC';
@@ -60,12 +41,12 @@ async function useAsClient(path: string): Promise<void> {
 }
 
 async function main(path: string): Promise<void> {
-  const provider: ExportProvider = { list: () => [info], describe: find, open: find };
   const limits: Partial<Limits> = { maxConnections: DEFAULT_LIMITS.maxConnections };
-  const server = new NbdServer({ provider, limits });
-  await server.listen({ path, mode: 0o600 });
-  assert.equal(ALLOCATION_CONTEXT, 'base:allocation');
+  const counted = stats(device);
+  const server = await serve({ path }, counted, { name: 'ram', mode: 0o600, limits });
+  assert.ok(memoryDevice(MEBIBYTE).geometry.contexts.includes(ALLOCATION_CONTEXT));
   await useAsClient(path);
+  assert.equal(counted.counters.write.requests, 1);
   process.stdin.resume().once('end', () => void server.close());
   console.log('ready');
 }
