@@ -1,3 +1,4 @@
+import fs from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { configDefaults, defineConfig, type TestProjectConfiguration } from 'vitest/config';
 import { clientSetProblem, SUITES } from './test/harness/client-set.js';
@@ -7,9 +8,18 @@ import { ONE_SET_IS_ENOUGH, QUICK, WITH_CLIENTS } from './test/harness/selection
 
 const ALL = ['nbd/test/**/*.test.ts', 'test/**/*.test.ts'];
 
-/** As the package's `exports`, with the sources in the place of what is built. */
-function nbdSource(file: string): string {
-  return fileURLToPath(new URL(`nbd/src/${file}.ts`, import.meta.url));
+/** As the library's `exports`, with the sources in the place of what is built. */
+function nbdSources(): { find: RegExp; replacement: string }[] {
+  const { name, exports } = JSON.parse(fs.readFileSync(new URL('nbd/package.json', import.meta.url), 'utf8')) as {
+    name: string;
+    exports: Record<string, { default: string }>;
+  };
+  return Object.entries(exports).map(([subpath, { default: built }]) => ({
+    find: new RegExp(`^${name}${subpath.slice(1)}$`),
+    replacement: fileURLToPath(
+      new URL(`nbd/${built.replace('/dist/', '/src/').replace(/\.js$/, '.ts')}`, import.meta.url),
+    ),
+  }));
 }
 
 function project(name: string, include: string[], exclude: string[] = []): TestProjectConfiguration {
@@ -31,12 +41,7 @@ if (problem !== undefined && testLength !== 'quick')
 
 export default defineConfig({
   resolve: {
-    alias: [
-      { find: /^nbd-server-ts$/, replacement: nbdSource('index') },
-      { find: /^nbd-server-ts\/block-device$/, replacement: nbdSource('block-device') },
-      { find: /^nbd-server-ts\/client$/, replacement: nbdSource('client/client') },
-      { find: /^nbd-server-ts\/limits$/, replacement: nbdSource('server/limits') },
-    ],
+    alias: nbdSources(),
   },
   test: {
     reporters: ['default', fileURLToPath(new URL('test/clients/table.ts', import.meta.url))],

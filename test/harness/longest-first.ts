@@ -9,6 +9,7 @@ const LONG = [
   'test/stores/real-nodes.test.ts',
   'test/stores/stand-in.test.ts',
   'test/sheep/recovery.test.ts',
+  'nbd/test/package/packed.test.ts',
   'test/sheep/rules.test.ts',
   'test/vm/kernel-client.test.ts',
   'test/sheep/migrate.test.ts',
