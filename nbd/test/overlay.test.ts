@@ -114,7 +114,7 @@ test('changes of one block at once, while it is read from below, are all kept', 
     device.zero(2 * BLOCK, BLOCK, MODE),
   ];
   gate.open();
-  await Promise.all(changes);
+  await Promise.all(changes.map(async (change) => change));
   expect(reads).toBe(3);
   const found = await Promise.all([10, 20, 30, 31, BLOCK, 2 * BLOCK, 2 * BLOCK + 1].map((at) => byteAt(device, at)));
   // The writes of one byte and those of the whole block were in flight together: either may be the later one.

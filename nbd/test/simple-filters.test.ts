@@ -82,7 +82,7 @@ test('a delayed request whose client goes fails at once, and reaches nothing', a
   const inner = new ModelDevice(content);
   const device = delay(inner, { writeMs: 1_000_000 });
   const gone = new AbortController();
-  const writes = Array.from({ length: 30 }, () => device.write(0, Buffer.alloc(1, 9), false, gone.signal));
+  const writes = Array.from({ length: 30 }, async () => device.write(0, Buffer.alloc(1, 9), false, gone.signal));
   gone.abort();
   for (const { status } of await Promise.allSettled(writes)) expect(status).toBe('rejected');
   await expect(device.write(0, Buffer.alloc(1), false, gone.signal)).rejects.toMatchObject({ code: 'ESHUTDOWN' });
@@ -157,7 +157,7 @@ test('requests, bytes, errors and durations are counted, at once or later', asyn
   const writes = [device.write(0, Buffer.alloc(7), false), device.write(0, Buffer.alloc(7), false)];
   expect(device.counters.write).toMatchObject({ requests: 0, inFlight: 2 });
   gate.fail(new Error('later'));
-  await Promise.allSettled(writes);
+  await Promise.allSettled(writes.map(async (write) => write));
   expect(device.counters.write).toMatchObject({ requests: 2, errors: 2, bytes: 0, inFlight: 0 });
   expect(() => device.flush()).toThrow('no');
   expect(device.counters.flush).toMatchObject({ requests: 1, errors: 1 });

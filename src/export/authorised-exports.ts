@@ -112,8 +112,8 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
   }
 
-  left(peer: Peer): void {
-    this.#provider.left?.(peer);
+  left(peer: Peer): Awaitable<void> {
+    return this.#provider.left?.(peer);
   }
 
   /** Refuses before it is known whether the export exists: the answer must be the same in both cases. */

@@ -78,8 +78,8 @@ export class ExportsWithClientMessages implements ExportProvider {
 
   open: ExportProvider['open'] = (...of) => inWords(of[0], of[1], () => this.#provider.open(...of));
 
-  left(peer: Peer): void {
-    this.#provider.left?.(peer);
+  left(peer: Peer): Awaitable<void> {
+    return this.#provider.left?.(peer);
   }
 }
 

@@ -5,7 +5,7 @@
  * access rules see the export's own name, and lists have it once. Owns the alias, and the messages for clients that may not
  * open it: they do not learn what it stands for.
  */
-import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
+import { type Awaitable, ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 
 const UNNAMED = '';
 /** The same for every client. The names of exports are only for clients that may list them. */
@@ -35,8 +35,8 @@ export class ExportsWithDefault implements ExportProvider {
       ? this.#default((real) => this.#provider.open(real, peer, context))
       : this.#provider.open(name, peer, context);
 
-  left(peer: Peer): void {
-    this.#provider.left?.(peer);
+  left(peer: Peer): Awaitable<void> {
+    return this.#provider.left?.(peer);
   }
 
   /** Our own commands always name an export. */

@@ -2,7 +2,7 @@
  * The exports of a store that is about to be opened: requests wait until it is open, or fail when it cannot be opened. So a server
  * can listen on its addresses before it creates anything. Owns only the waiting.
  */
-import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
+import { type Awaitable, ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 
 export class ExportsWhenOpen implements ExportProvider {
   readonly #opened: Promise<ExportProvider>;
@@ -22,8 +22,8 @@ export class ExportsWhenOpen implements ExportProvider {
   describe: ExportProvider['describe'] = async (...of) => (await this.#opened).describe(...of);
   list: ExportProvider['list'] = async (...of) => (await this.#opened).list(...of);
 
-  left(peer: Peer): void {
-    this.#provider?.left?.(peer);
+  left(peer: Peer): Awaitable<void> {
+    return this.#provider?.left?.(peer);
   }
 
   opened(provider: ExportProvider): void {

@@ -306,7 +306,6 @@ test('one log line when a connection opens and one when it closes, none per requ
   const client = await attach(daemon, 'disk');
   for (let i = 0; i < 50; i++) await client.write(i * 4096, patterned(4096, i + 1));
   for (let i = 0; i < 25; i++) await client.read(i * 4096, 4096);
-  await expect(client.read(64 * MIB, 512)).rejects.toMatchObject({ code: 'EINVAL' });
   await client.disconnect();
   // The daemon flushes the disk before this line.
   await waitUntil(() => daemon.log().includes('"connection closed"'), 'the first close is in the log');
@@ -336,8 +335,8 @@ test('one log line when a connection opens and one when it closes, none per requ
     peer: `unix ${daemon.socket}`,
     bytesRead: 25 * 4096,
     bytesWritten: 50 * 4096,
-    requests: 76,
-    errors: 1,
+    requests: 75,
+    errors: 0,
     reason: expect.any(String) as string,
   });
   for (const line of lines) expect(String(line.time)).toMatch(/^\d{4}-\d\d-\d\dT/);

@@ -31,8 +31,8 @@ export class LoggedExports implements ExportProvider {
 
   open: ExportProvider['open'] = (...of) => this.#telling(of[0], of[1], () => this.#provider.open(...of));
 
-  left(peer: Peer): void {
-    this.#provider.left?.(peer);
+  left(peer: Peer): Awaitable<void> {
+    return this.#provider.left?.(peer);
   }
 
   async #telling<T>(exportName: string | undefined, peer: Peer, ask: () => Awaitable<T>): Promise<T> {
