@@ -122,7 +122,6 @@ test.each<unknown>([
   undefined,
   5,
   {},
-  { port: 10809 },
   { host: '127.0.0.1' },
   { host: '127.0.0.1', port: -1 },
   { host: '127.0.0.1', port: 65536 },
@@ -141,5 +140,6 @@ test.each<unknown>([
   const server = new NbdServer({ provider: new TestProvider([new TestExport('disk')]) });
   onTestFinished(() => server.destroy());
   const listening = server.listen(options as ListenOptions);
-  await expect(listening).rejects.toMatchObject({ name: 'ListenError', code: 'INVALID' });
+  await expect(listening).rejects.toThrow(/^cannot listen on /);
+  await expect(listening).rejects.toMatchObject({ name: expect.stringMatching(/^(Type|Range)Error$/) as string });
 });

@@ -121,7 +121,13 @@ describe('with clients of others', () => {
   test('fio writes and verifies', async () => {
     const { uri } = await started(await socketUri());
     const args = ['--name=x', '--ioengine=nbd', `--uri=${uri}`, '--rw=randwrite', '--bs=4k', '--size=1M'];
-    const { stdout } = await run('fio', [...args, '--iodepth=8', '--verify=crc32c', '--do_verify=1']);
+    const { stdout } = await run('fio', [
+      ...args,
+      '--iodepth=8',
+      '--verify=crc32c',
+      '--do_verify=1',
+      '--verify_state_save=0',
+    ]);
     expect(stdout).toContain('err= 0');
   });
 

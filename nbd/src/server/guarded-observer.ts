@@ -16,9 +16,9 @@ import type {
 import { promiseOf } from './promised.js';
 
 export class GuardedObserver implements ServerObserver {
-  /** Undefined if nobody listens: then no event is made. */
-  readonly onRequest: ((event: RequestEvent) => void) | undefined;
-  readonly onRequestDone: ((event: RequestDoneEvent) => void) | undefined;
+  /** Not there if nobody listens: then no event is made. */
+  readonly onRequest?: (event: RequestEvent) => void;
+  readonly onRequestDone?: (event: RequestDoneEvent) => void;
 
   readonly #observer: ServerObserver;
   readonly #warnings = new ErrorWarnings();

@@ -36,8 +36,8 @@ export type BoundAddress =
   | { readonly transport: 'unix'; readonly path: string }
   | { readonly transport: 'tcp'; readonly host: string; readonly port: number };
 
-/** Why a server could not listen. INVALID: the options make no sense. */
-export type ListenErrorCode = 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'INVALID' | 'FAILED';
+/** Why a server could not listen. */
+export type ListenErrorCode = 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'FAILED';
 
 /** A server could not listen. */
 export class ListenError extends Error {
@@ -57,6 +57,7 @@ export class ListenError extends Error {
 
 /** Pending connections that the kernel queues: all connections of a multi-conn client may arrive at once. */
 const LISTEN_BACKLOG = 511;
+/** The largest descriptor: a C int. */
 const MAX_FD = 2 ** 31 - 1;
 const IPV4_MAPPED = '::ffff:';
 /** The host that is listened on if none is given: Node would take every address of the machine. */
@@ -96,7 +97,7 @@ function uriPlace(uri: NbdUri): { readonly options: ListenOptions; readonly uri:
 function checkedOptions(options: ListenOptions): ListenOptions {
   const { path, mode, port, host = LOOPBACK, fd } = options as Readonly<Record<string, unknown>>;
   if (fd !== undefined) {
-    if (isIntegerUpTo(fd, 0x7fff_ffff)) return { ...options, fd };
+    if (isIntegerUpTo(fd, MAX_FD)) return { ...options, fd };
     throw new RangeError(`cannot listen on descriptor ${JSON.stringify(fd)}: it is not a descriptor's number`);
   }
   if (port !== undefined) {
@@ -130,32 +131,8 @@ function isIntegerUpTo(value: unknown, most: number): value is number {
  * Errors: ListenError.
  */
 export async function bindListener(listener: net.Server, options: ListenOptions): Promise<BoundAddress> {
-  const problem = listenProblem(options);
-  if (problem !== undefined) throw new ListenError('INVALID', `cannot listen: ${problem}`);
   if ('fd' in options) return adopt(listener, options);
   return 'path' in options ? bindUnix(listener, options) : bindTcp(listener, options);
-}
-
-/** Why `options`, which may come from plain JavaScript or a configuration, name no address; undefined if they do. */
-function listenProblem(options: unknown): string | undefined {
-  if (typeof options !== 'object' || options === null) return 'there are no options';
-  const { path, mode, host, port, fd } = options as Readonly<Record<string, unknown>>;
-  if (fd !== undefined) return isWhole(fd, 0, MAX_FD) ? undefined : 'fd is not a descriptor, a whole number from 0 on';
-  if (path !== undefined) {
-    if (typeof path !== 'string' || path === '') return 'path is not the path of a socket';
-    if (mode !== undefined && !isWhole(mode, 0, 0o777)) return 'mode is not a number from 0 to 0o777';
-    return undefined;
-  }
-  if (!isWhole(port, 0, 65535)) return 'port is not a whole number from 0 to 65535 (and there is neither path nor fd)';
-  // Node listens at every address of the machine without a host.
-  if (typeof host !== 'string' || host === '') {
-    return "host is missing: 'localhost' for this machine, '::' for all addresses";
-  }
-  return undefined;
-}
-
-function isWhole(value: unknown, least: number, most: number): boolean {
-  return typeof value === 'number' && Number.isInteger(value) && value >= least && value <= most;
 }
 
 /** The peer of `socket`, which `listener` has accepted. */
