@@ -117,7 +117,7 @@ test.each([
   ['unix', 'after a burst of 32 small reads and writes', 40],
   ['tcp', 'after a burst of 32 small reads and writes', 40],
   ['unix', 'after a read and a write of 1 MiB', 40],
-  ['tcp', 'after a read and a write of 32 MiB', 8],
+  ['tcp', 'after a read and a write of 32 MiB', 16],
 ] as const)('a connection over %s costs little %s', async (transport, state, count) => {
   const server = await startIdleServer();
   const to = transport === 'unix' ? { path: server.path } : { host: '127.0.0.1', port: server.port };

@@ -325,6 +325,19 @@ describe('pskKey', () => {
     expect(asked).toEqual(['bob', 'alice']);
   });
 
+  test('without a key, and without a certificate that is signed, a client is refused', async () => {
+    const from = await start({ pskKey: () => KEY, authorities: authority.pair.chain, verifyPeer: true });
+    for (const maxVersion of ['TLSv1.2', 'TLSv1.3'] as const) {
+      // It shows what it has for itself: nothing.
+      const raw = await rawInTls(from, { maxVersion }).catch(() => undefined);
+      if (raw !== undefined) await expect(raw.option(OPT.INFO, infoQuery('disk'))).rejects.toBeDefined();
+      await until(() => from.closes.length > 0, 'it is refused');
+      expect(from.closes.shift()?.reason).toMatch(/the client's certificate: UNABLE_TO_GET_ISSUER_CERT$/);
+    }
+    expect(from.opens).toEqual([]);
+    expect(from.provider.peers.filter(({ tls }) => tls !== undefined)).toEqual([]);
+  });
+
   const wrong: readonly (readonly [string, () => unknown, RegExp])[] = [
     ['throws', thrower(new TypeError('no database')), /pskKey\("alice"\) threw TypeError: no database$/],
     ['throws what cannot be shown', thrower(unprintable), /pskKey\("alice"\) threw an object that cannot be shown$/],

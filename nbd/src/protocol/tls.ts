@@ -74,7 +74,7 @@ export async function acceptTls(socket: Duplex, source: ServerTls, time: ServerT
     }
     flight?.giveBack();
     if (socket.destroyed) throw new Error('the client left');
-    const secure = await handshake(server, socket, keys);
+    const secure = await handshake(server, socket, keys, material.verifyPeer);
     return { socket: secure, identity: identityOf(secure, isByPreSharedKey(secure) ? keys?.user : undefined) };
   } catch (error) {
     flight?.stop();
@@ -100,7 +100,8 @@ function serverWith(material: TlsMaterial, keys: PskKeys | undefined): tls.Serve
     ca: asBuffer(material.authorities),
     crl: asBuffer(material.revocations),
     requestCert: verifyPeer,
-    rejectUnauthorized: verifyPeer,
+    // With keys, `handshake` decides: newer versions of Node (26) refuse a client that has a key and no certificate.
+    rejectUnauthorized: verifyPeer && keys === undefined,
     ...(keys && { pskCallback: (_, user) => keys.answer(user) }),
   };
   try {
@@ -110,7 +111,13 @@ function serverWith(material: TlsMaterial, keys: PskKeys | undefined): tls.Serve
   }
 }
 
-function handshake(server: tls.Server, socket: Duplex, keys: PskKeys | undefined): Promise<tls.TLSSocket> {
+/** `mustProve`: the client must have shown a verified certificate, or have used a key. */
+function handshake(
+  server: tls.Server,
+  socket: Duplex,
+  keys: PskKeys | undefined,
+  mustProve: boolean,
+): Promise<tls.TLSSocket> {
   return new Promise((resolve, reject) => {
     server.once('tlsClientError', (error, failed) => {
       // Null unless the certificate was refused, whatever Node's types say.
@@ -123,7 +130,9 @@ function handshake(server: tls.Server, socket: Duplex, keys: PskKeys | undefined
       encryptInParts(secure);
       // The client may have gone on with a certificate.
       if (keys?.trouble !== undefined) reject(keys.trouble);
-      else resolve(secure);
+      else if (mustProve && keys !== undefined && !secure.authorized && !isByPreSharedKey(secure)) {
+        reject(new Error(`the client's certificate: ${String(secure.authorizationError)}`));
+      } else resolve(secure);
     });
     // After tlsClientError has given its reason: Node closes the socket first.
     socket.once('close', () => setImmediate(reject, new Error('the client left')));
