@@ -99,7 +99,7 @@ needs('qemu-img', 'qemu-io')('a store on a read-only filesystem is served read-o
   const runtime = temporaryDirectory();
   const env = { XDG_RUNTIME_DIR: runtime };
   const daemon = await startDaemon({ store: mounted, env });
-  expect(daemon.log()).toMatch(/on a read-only filesystem/);
+  await daemon.logged(/on a read-only filesystem/);
   expect(daemon.control.startsWith(runtime)).toBe(true);
   for (const name of ['disk', 'disk@s', 'disk@now']) {
     const compared = await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', image, daemon.uri(name)]);

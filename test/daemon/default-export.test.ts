@@ -122,7 +122,7 @@ describe('access rules', () => {
 
 test('a disk that does not exist yet is a warning at the start, and is served once it exists', async () => {
   const daemon = await startDaemon({ args: ['--default', 'later'] });
-  expect(daemon.log()).toMatch(/"level":40.*the default export cannot be opened.*no VDI named \\"later\\"/);
+  await daemon.logged(/"level":40.*the default export cannot be opened.*no VDI named \\"later\\"/);
   expect(await refusal(daemon, '')).toMatch(/there is no such VDI: ""/);
   expect((await cli(['vdi', 'create', 'later', '1M'], { store: daemon.store })).code).toBe(0);
   const client = await NbdClient.connect({ path: daemon.socket });

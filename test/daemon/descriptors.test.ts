@@ -42,8 +42,8 @@ test('idle connections are refused before others lack a file, and the start says
     under: TIGHT,
   });
   const { connections } = divideDescriptors(LIMIT, 1024);
-  expect(daemon.log()).toContain(`the limit of ${LIMIT} open files allows ${connections} connections, not 1024`);
-  expect(daemon.log()).toMatch(new RegExp(`"openFiles":${LIMIT},"maxConnections":${connections},"objectFiles":\\d+`));
+  await daemon.logged(`the limit of ${LIMIT} open files allows ${connections} connections, not 1024`);
+  await daemon.logged(new RegExp(`"openFiles":${LIMIT},"maxConnections":${connections},"objectFiles":\\d+`));
   const open = async (): Promise<NbdClient> => {
     const client = await NbdClient.connect({ path: daemon.socket });
     onTestFinished(() => client.destroy());

@@ -74,7 +74,7 @@ describe('a daemon', () => {
       expect(told.exports[0]).toMatchObject({ is_read_only: true, can_multi_conn: false });
       const words = await run('qemu-io', ['-f', 'raw', '-c', 'quit', daemon.uri('disk/exclusive=refuse')]);
       expect(words.stderr).toMatch(new RegExp(`disk is open for writing by ${ME}.*only one client may write it`));
-      expect(daemon.log()).toContain('export \\"disk/exclusive=refuse\\" refused: disk is open for writing by');
+      await daemon.logged('export \\"disk/exclusive=refuse\\" refused: disk is open for writing by');
 
       const id = await idOf('disk/exclusive');
       const [header, ...rows] = (await target.ok('client', 'list')).trimEnd().split('\n');
@@ -112,7 +112,7 @@ describe('a daemon', () => {
         /was disconnected from disk at .* and is kept out for \d+ s/,
       );
       expect(await ok('qemu-io', write)).toContain('read 4096/4096');
-      expect(daemon.log()).toContain('disconnected by the operator');
+      await daemon.logged('disconnected by the operator');
       const listed = (): Promise<Listed[]> => target.json('client', 'list');
       await waitUntil(async () => (await listed()).every((one) => one.export === null), 'qemu-io has left');
       expect(await target.ok('vdi', 'show', 'disk')).not.toMatch(/^writer/m);

@@ -256,7 +256,7 @@ describe('on a cluster', () => {
       args: ['--create', `disk:${SIZE}`],
       env: { SHEEPGATE_STATE: state },
     });
-    expect(daemon.log()).toMatch(/SHEEPGATE_STATE names another directory/);
+    await daemon.logged(/SHEEPGATE_STATE names another directory/);
     await expect(attach(daemon, 'disk@now:run')).rejects.toThrow(/because used labels cannot be stored here/);
     const plain = await attach(daemon, 'disk@now');
     await plain.disconnect();

@@ -95,7 +95,7 @@ test('nbdcopy from one export of a daemon to another completes with the smallest
 
 test('serve logs the budget, and takes it from --max-memory', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--max-memory', '128M'] });
-  expect(daemon.log()).toContain(`"maxMemoryBytes":${128 * MIB}`);
+  await daemon.logged(`"maxMemoryBytes":${128 * MIB}`);
   expect((await daemon.stop()).code).toBe(0);
   const result = await cli(['serve', '--max-memory', '10M'], { store: path.join(temporaryDirectory(), 'store') });
   expect(result.code).toBe(2);

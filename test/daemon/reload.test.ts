@@ -129,7 +129,7 @@ test('a file that every user may write causes a warning, in the answer and in th
   expect(result.code).toBe(0);
   expect(result.stderr).toContain(`note: ${access} can be written by every user of this machine`);
   expect(result.stderr).toContain(`note: ${psk} can be`);
-  expect(daemon.log()).toContain(`${access} can be written by every user`);
+  await daemon.logged(`${access} can be written by every user`);
 });
 
 test('SIGHUP with a fifo in place of the access file blocks nothing', async () => {

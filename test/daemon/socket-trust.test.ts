@@ -169,7 +169,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
     const directory = directoryOf(0, undefined, 0o777);
     const control = path.join(directory, 'control.sock');
     const daemon = await startDaemon({ args: ['--control', control] });
-    expect(daemon.log()).toMatch(/"level":40.*every user of this machine can put a socket in the place of/);
+    await daemon.logged(/"level":40.*every user of this machine can put a socket in the place of/);
     const refused = await cli(['vdi', 'list', '--control', control]);
     expect(oneLineOf(refused, 1, 'vdi list')).toMatch(/'chmod o-w .*' first/);
     fs.chmodSync(directory, 0o755);

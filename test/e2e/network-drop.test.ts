@@ -91,7 +91,7 @@ test('NAME@now is dropped when the network of its reader fails silently, also wh
   await expect(attach(daemon, 'disk/exclusive=take-over')).rejects.toThrow(/tcp 192.0.2.2, which still answers/);
   ip('-n', CLIENT_SIDE, 'link', 'set', CABLE, 'down');
   const newcomer = await attach(daemon, 'disk/exclusive=take-over');
-  expect(daemon.log()).toContain('disk: tcp 192.0.2.2 did not answer and is cut off');
+  await daemon.logged('disk: tcp 192.0.2.2 did not answer and is cut off');
   await newcomer.write(0, Buffer.alloc(MIB, 2));
   await newcomer.disconnect();
   await waitUntil(async () => (await target.names()).length === 1, 'both are gone', 60_000);

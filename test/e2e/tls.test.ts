@@ -109,7 +109,7 @@ describe('certificates', () => {
       expect(
         (await cli(['export', 'disk', path.join(path.dirname(source), 'own.img')], { store: daemon.store })).code,
       ).toBe(0);
-      expect(daemon.log()).toMatch(/"tls":"TLSv1\.[23] /);
+      await daemon.logged(/"tls":"TLSv1\.[23] /);
       expect((await daemon.stop()).code).toBe(0);
     },
   );
@@ -181,7 +181,7 @@ describe('certificates', () => {
     fs.writeFileSync(access, 'allow disk from nobody\n');
     daemon.child.kill('SIGHUP');
     await waitUntil(() => daemon.log().includes('not reloaded'), 'the bad file is refused');
-    expect(daemon.log()).toContain(`${access}:1: source \\"nobody\\"`);
+    await daemon.logged(`${access}:1: source \\"nobody\\"`);
     expect(await isReadOnly()).toBe(true);
     fs.writeFileSync(access, 'allow disk from cert:backup-host\n');
     daemon.child.kill('SIGHUP');
@@ -244,7 +244,7 @@ describe('pre-shared keys', () => {
     await ok('nbdcopy', ['--flush', source, pskUri(daemon)]);
     await ok('nbdcopy', [pskUri(daemon), copy]);
     expect(sha256(copy)).toBe(sha256(source));
-    expect(daemon.log()).toContain('"pskUser":"alice"');
+    await daemon.logged('"pskUser":"alice"');
     const wrong = path.join(temporaryDirectory(), 'wrong.psk');
     fs.writeFileSync(wrong, `alice:${KEY.replace('00', '01')}\nbob:${KEY}\n`);
     refused(await run('nbdinfo', [pskUri(daemon, 'alice', wrong)]));

@@ -359,6 +359,8 @@ export interface Daemon {
   readonly ready: ReadyLine;
   /** Its stderr so far: its log, one JSON object per line. */
   log(): string;
+  /** Wait until its log has this: the log comes through a pipe, and may be later than an answer on a socket. */
+  logged(what: string | RegExp): Promise<void>;
   /** SIGTERM, and wait for the end. */
   stop(): Promise<{ code: number | null; signal: NodeJS.Signals | null }>;
   /** SIGKILL, and wait for the end. */
@@ -421,6 +423,12 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
     child,
     ready,
     log: () => log,
+    async logged(what) {
+      const has = (): boolean => (typeof what === 'string' ? log.includes(what) : what.test(log));
+      await waitUntil(has, `the log has ${String(what)}`).catch((error: unknown) => {
+        throw new Error(`${(error as Error).message}; it has: ${log.slice(-TOLD_LOG_CHARACTERS)}`);
+      });
+    },
     async stop() {
       child.kill('SIGTERM');
       try {

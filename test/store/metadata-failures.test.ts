@@ -205,7 +205,7 @@ needs('gcc')(
       order('meta-page', code);
       await expect(disk.flush()).rejects.toMatchObject({ code });
       expect(fs.readdirSync(orders)).toEqual([]);
-      expect(daemon.log()).toMatch(says);
+      await daemon.logged(says);
       await other.flush();
       await disk.flush();
       order('meta-page', code);
@@ -236,7 +236,7 @@ needs('gcc')(
     order('begin', 'ENOMEM');
     await expect(other.flush()).rejects.toMatchObject({ code: 'EIO' });
     const says = /LMDB does not begin a transaction.*started again/;
-    expect(daemon.log()).toMatch(says);
+    await daemon.logged(says);
     const refused = await cli(['vdi', 'snapshot', 'disk', 's', '--control', daemon.control]);
     expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(says) as string });
     expect((await disk.read(0, 7)).toString()).toBe('flushed');
