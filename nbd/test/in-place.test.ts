@@ -14,6 +14,8 @@ import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, until } from './test-server.js';
 
 const ROUNDS = 12;
+/** A client that sends nothing for so long is quiet at two looks (src/server/receive-memory.ts), milliseconds. */
+const QUIET_MS = 2_100;
 const PEER = { transport: 'internal', address: 'test' } as const;
 
 /** Ranges that cover `size` bytes: small ones, several in one receive, and large ones in pieces. */
@@ -76,6 +78,33 @@ test('a slow write keeps its data while thousands follow it', async () => {
   await connection.disconnect();
 });
 
+test('late writes of a client that writes in bursts keep their data while its block is taken away and given again', async () => {
+  const exported = new TestExport('disk');
+  const { provider, client } = await startServer({ exports: [exported] });
+  const connection = await client();
+  const wanted = Buffer.alloc(120 * 4096);
+  const writes: Promise<void>[] = [];
+  const gates: Gate[] = [];
+  for (const burst of [0, 1, 2]) {
+    const gate = new Gate();
+    gates.push(gate);
+    provider.hook = ({ method }) => (method === 'write' ? gate.opened : undefined);
+    const begun = provider.calls.length;
+    for (let n = 0; n < 40; n++) {
+      const offset = (burst * 40 + n) * 4096;
+      wanted.fill(1 + burst * 40 + n, offset, offset + 4096);
+      writes.push(connection.write(offset, wanted.subarray(offset, offset + 4096)));
+    }
+    await until(() => provider.calls.length >= begun + 40, 'the writes have reached the device');
+    await connection.read(0, 512);
+    await new Promise((resolve) => setTimeout(resolve, QUIET_MS));
+  }
+  for (const gate of gates) gate.open();
+  await Promise.all(writes);
+  expect(exported.disk.subarray(0, wanted.length).equals(wanted)).toBe(true);
+  await connection.disconnect();
+});
+
 test('a client lost within a large write does not damage the memory of other connections', async () => {
   const exported = new TestExport('disk');
   const { server, opened, client } = await startServer({ exports: [exported] });
@@ -121,6 +150,7 @@ async function transmissionOf(exported: TestExport) {
     overdue: new OverdueRequests(0),
     exportKey: 'disk',
     pool: new BufferPool(2 ** 28),
+    receiveElsewhere: () => undefined,
     disconnectRequested: () => undefined,
     protocolViolated: (reason: string) => expect.fail(reason),
   };

@@ -304,6 +304,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
 
   // --- For the transmission ---
 
+  receiveElsewhere(): void {
+    this.#inPlace?.askAgain();
+  }
+
   disconnectRequested(): void {
     this.#ending = 'disconnect';
     this.#progress?.leaving();

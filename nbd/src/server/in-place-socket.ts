@@ -9,9 +9,9 @@
 
 import net from 'node:net';
 
-/** Chooses where received bytes go. Both methods are called for every piece, one after the other. */
+/** Chooses where received bytes go. Both methods are called for every piece, one after the other (see also `askAgain`). */
 export interface Receiver {
-  /** Not empty. It must stay untouched until `received`, or until the socket is closed. */
+  /** Not empty. It must stay untouched until `received`, the next call, or the end of the socket. */
   nextBuffer(): Buffer;
   /** `length` bytes have arrived, at the start of the buffer returned last. */
   received(length: number): void;
@@ -27,10 +27,12 @@ const scratch = Buffer.allocUnsafeSlow(HANDSHAKE_BYTES);
 export interface InPlaceSocket {
   readonly socket: net.Socket;
   receive(receiver: Receiver): void;
+  /** Ask the receiver for another buffer, in the place of the one that it has returned and that nothing has arrived in. */
+  askAgain(): void;
 }
 
 interface Handle {
-  readonly useUserBuffer?: unknown;
+  useUserBuffer?(buffer: Buffer): void;
   reading?: boolean;
   readStop?(): number;
 }
@@ -69,6 +71,11 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
     socket,
     receive: (next) => {
       receiver = next;
+    },
+    askAgain: () => {
+      const hasHandle = (socket as unknown as { _handle: Handle | null })._handle === handle;
+      if (filling === undefined || filling !== receiver || !hasHandle || socket.destroyed) return;
+      handle.useUserBuffer?.((rest = filling.nextBuffer()));
     },
   };
 }

@@ -3,9 +3,10 @@
  * memory that all connections of the thread share, or, while more bytes are known to wait, into a block of the pool. It never
  * looks at the bytes received.
  *
- * A socket must have memory before anything arrives, and most clients are quiet most of the time. So a connection that waits
- * for its client has none of its own: what it receives is parsed before another socket is read, and what is needed longer (the
- * data of a write) is copied. Only a client that sends more than fits is given a block, and what arrives there stays there.
+ * A socket must have memory before anything arrives, and most clients are quiet most of the time. So a quiet connection has none
+ * of its own: what it receives is parsed before another socket is read, and what is needed longer (the data of a write) is
+ * copied. Only a client that sends more than fits, or much data, is given a block, and what arrives there stays there. It keeps
+ * the block from one request to the next for as long as it goes on sending.
  */
 
 import type { Block, BufferPool, MemoryAccount } from './buffer-pool.js';
@@ -18,9 +19,23 @@ import type { Block, BufferPool, MemoryAccount } from './buffer-pool.js';
 const SHARED_BYTES = 16 * 1024 + 1;
 /** Least free room in a block for the next receive, bytes. */
 const MIN_RECEIVE_BYTES = 64 * 1024;
+/** A client that writes more than this between two looks, in requests that are received whole, has a block until it writes less. */
+const STREAM_BYTES = 64 * 1024;
+const LOOK_MS = 1_000;
 
 /** One per event loop: each thread has its own. Its bytes are parsed or copied before anything else is received. */
 const shared = Buffer.allocUnsafeSlow(SHARED_BYTES);
+
+/** The memories, of this event loop, whose clients send much. */
+const streaming = new Set<ReceiveMemory>();
+let looking: NodeJS.Timeout | undefined;
+
+function look(): void {
+  for (const memory of streaming) memory.look();
+  if (streaming.size > 0) return;
+  clearInterval(looking);
+  looking = undefined;
+}
 
 /** The kind of buffer that the socket receives into. */
 type Target = 'payload' | 'block' | 'shared';
@@ -40,12 +55,20 @@ export class ReceiveMemory {
   #room = 0;
   #isFull = false;
 
+  /** Bytes of data of writes since the last look. */
+  #streamed = 0;
+  #isStreaming = false;
+
   readonly #pool: BufferPool;
   readonly #account: MemoryAccount;
+  /** Let the socket ask for its next buffer again. */
+  readonly #onQuiet: () => void;
 
-  constructor(pool: BufferPool, account: MemoryAccount) {
+  /** `onQuiet`: called when the client sends less than before; the buffer that `next` has returned last should be replaced. */
+  constructor(pool: BufferPool, account: MemoryAccount, onQuiet: () => void) {
     this.#pool = pool;
     this.#account = account;
+    this.#onQuiet = onQuiet;
   }
 
   /** The last receive filled all memory that it was given: more is waiting. */
@@ -55,7 +78,7 @@ export class ReceiveMemory {
 
   /** The buffer for the next bytes. */
   next(): Buffer {
-    const block = this.#isFull ? this.#roomyBlock() : undefined;
+    const block = this.#isFull || this.#isStreaming ? this.#roomyBlock() : undefined;
     if (block === undefined) return this.forNobody();
     this.target = 'block';
     this.#room = block.buffer.length - block.used;
@@ -95,6 +118,22 @@ export class ReceiveMemory {
   finish(): void {
     this.parsed = undefined;
     this.isLent = false;
+    if (this.#streamed > STREAM_BYTES && !this.#isStreaming) this.#stream();
+  }
+
+  /** `length` bytes of the bytes being parsed are data of a write. */
+  countData(length: number): void {
+    this.#streamed += length;
+  }
+
+  /** Whether the client still sends much. */
+  look(): void {
+    const isQuiet = this.#streamed <= STREAM_BYTES;
+    this.#streamed = 0;
+    if (!isQuiet) return;
+    this.#isStreaming = false;
+    streaming.delete(this);
+    if (this.target === 'block' && !this.#isFull) this.#onQuiet();
   }
 
   /**
@@ -131,6 +170,7 @@ export class ReceiveMemory {
 
   /** The socket is gone. */
   close(): void {
+    streaming.delete(this);
     this.#moveTo('shared');
     this.#replaceBlock(undefined);
   }
@@ -152,6 +192,12 @@ export class ReceiveMemory {
     block = this.#pool.takeReceive(this.#account);
     if (block !== undefined) this.#replaceBlock(block);
     return block;
+  }
+
+  #stream(): void {
+    this.#isStreaming = true;
+    streaming.add(this);
+    looking ??= setInterval(look, LOOK_MS).unref();
   }
 
   #replaceBlock(next: Block | undefined): void {

@@ -236,6 +236,7 @@ export class RequestParser {
    */
   #keep(chunk: Buffer, at: number, length: number): Buffer | undefined {
     const memory = this.#memory;
+    memory.countData(length);
     if (memory.isLent) {
       const data = memory.keep(chunk, at, length);
       this.#keptIn = memory.keptIn;

@@ -23,6 +23,8 @@ export interface TransmissionHost {
   readonly observer: GuardedObserver;
   /** Its signal goes to every method of the device. */
   readonly clientSignal: ClientSignal;
+  /** The buffer that the transmission has chosen for the next bytes should be another one. */
+  receiveElsewhere(): void;
   /** The client sent NBD_CMD_DISC: answer the requests in flight, then close. */
   disconnectRequested(): void;
   /** The client violated the protocol: close now. */

@@ -73,7 +73,7 @@ export class Transmission implements LoopTask {
     const account = new MemoryAccount(() => this.#queue(), 'encrypted' in socket ? TLS_COPIES : 1);
     const encoder = chooseReplyEncoder(rules.negotiated);
     const inFlight = new RequestsInFlight(host, () => this.#scheduleSettle());
-    const memory = new ReceiveMemory(pool, account);
+    const memory = new ReceiveMemory(pool, account, () => host.receiveElsewhere());
     const payload = new IncomingPayload(pool, account);
     const replies = new ReplyQueue(socket, pool, account, encoder, () => this.#resume());
     const sparseReads = new SparseReads(host, device, rules, account, inFlight, encoder, replies);
