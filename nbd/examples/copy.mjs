@@ -10,7 +10,8 @@ const source = await ReconnectingClient.connect({ uri: from });
 const target = await ReconnectingClient.connect({ uri: to });
 const { copied, zeroed } = await copy(source, target, {
   signal: stop.signal,
-  onProgress: ({ copied, zeroed, total }) => process.stderr.write(`\r${Math.floor((100 * (copied + zeroed)) / total)} %`),
+  onProgress: ({ copied, zeroed, total }) =>
+    process.stderr.write(`\r${Math.floor((100 * (copied + zeroed)) / total)} %`),
 });
 console.log(`${copied} bytes copied, ${zeroed} bytes of zeros`);
 await source.disconnect();

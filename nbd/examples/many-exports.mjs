@@ -45,5 +45,5 @@ const server = createServer({
   },
 });
 const { host, port } = await server.listen(uri);
-console.log(`nbds://${host}:${port}`);
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => server.close());
+console.log(`nbds://${host}:${port}`);

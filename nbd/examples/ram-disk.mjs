@@ -8,5 +8,5 @@ const server = await serve(uri, {
   read: (offset, into) => disk.copy(into, 0, offset),
   write: (offset, data) => disk.set(data, offset),
 });
-console.log(server.uri);
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => server.close());
+console.log(server.uri);

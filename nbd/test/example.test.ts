@@ -1,8 +1,11 @@
-/** The examples run unchanged, and the README begins with the exact text of the first one. */
+/** The examples run unchanged, and the README shows their exact text. */
 
 import { execFile, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import fs from 'node:fs';
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import http from 'node:http';
+import type { AddressInfo } from 'node:net';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
@@ -12,10 +15,19 @@ import { temporaryDirectory } from './test-server.js';
 
 const run = promisify(execFile);
 const example = (name: string): string => fileURLToPath(new URL(`../examples/${name}.mjs`, import.meta.url));
+const MIB = 1024 * 1024;
 const README = fileURLToPath(new URL('../README.md', import.meta.url));
 
-/** A running example, and the first line that it has printed. */
-async function started(name: string, ...args: string[]): Promise<{ readonly line: string; end(): Promise<unknown> }> {
+/** A running example. */
+interface Started {
+  /** The first line that it has printed. */
+  readonly line: string;
+  signal(): void;
+  /** Its exit code. */
+  readonly ended: Promise<unknown>;
+}
+
+async function started(name: string, ...args: string[]): Promise<Started> {
   const child = spawn(process.execPath, [example(name), ...args], { stdio: ['ignore', 'pipe', 'inherit'] });
   onTestFinished(() => void child.kill('SIGKILL'));
   const ended = new Promise((resolve) => child.once('exit', (code) => resolve(code)));
@@ -23,13 +35,7 @@ async function started(name: string, ...args: string[]): Promise<{ readonly line
     child.stdout.once('data', (text: Buffer) => resolve(text.toString().trim()));
     child.once('exit', () => reject(new Error('the example ended')));
   });
-  return {
-    line,
-    end() {
-      child.kill('SIGTERM');
-      return ended;
-    },
-  };
+  return { line, ended, signal: () => void child.kill('SIGTERM') };
 }
 
 test('the RAM disk keeps written data, and ends on a signal', async () => {
@@ -42,7 +48,8 @@ test('the RAM disk keeps written data, and ends on a signal', async () => {
   await client.zero(12347, 1);
   expect((await client.read(12345, 4)).toString()).toBe('ke\0t');
   await client.disconnect();
-  expect(await ram.end()).toBe(0);
+  ram.signal();
+  expect(await ram.ended).toBe(0);
 });
 
 test('many exports: each client has the disks of its name, and no others', async () => {
@@ -86,12 +93,88 @@ test('many exports: each client has the disks of its name, and no others', async
   expect((await run('nbdinfo', ['--size', uri])).stdout.trim()).toBe(String(1024 * 1024));
   await Promise.all([alice, bob, second].map((client) => client.disconnect()));
   mallory.destroy();
-  expect(await server.end()).toBe(0);
+  server.signal();
+  expect(await server.ended).toBe(0);
 });
 
-test('the README begins with the exact text of the first example', () => {
-  const shown = /```js\n([^]*?)```/.exec(fs.readFileSync(README, 'utf8'))?.[1];
-  expect(shown).toBe(fs.readFileSync(example('ram-disk'), 'utf8'));
+test('a file: made sparse, written through, and closed after the last client has left', async () => {
+  const directory = await temporaryDirectory();
+  const [image, path] = [join(directory, 'disk.img'), join(directory, 'file.sock')];
+  const server = await started('file', image, '8', `nbd+unix:///disk?socket=${path}`);
+  expect(fs.statSync(image)).toMatchObject({ size: 8 * MIB, blocks: 0 });
+  expect(fs.statSync(path).mode & 0o777).toBe(0o660);
+  const client = await NbdClient.connect({ path });
+  await client.go('disk');
+  await client.write(4096, Buffer.from('kept'));
+  await client.flush();
+  expect((await readFile(image)).toString('latin1', 4096, 4100)).toBe('kept');
+  server.signal();
+  await expect.poll(() => fs.existsSync(path)).toBe(false);
+  await client.write(8192, Buffer.from('late'), { fua: true });
+  await client.disconnect();
+  expect(await server.ended).toBe(0);
+  expect((await readFile(image)).toString('latin1', 8192, 8196)).toBe('late');
+
+  const again = await started('file', image, '8', `nbd+unix:///disk?socket=${path}`);
+  const staying = await NbdClient.connect({ path });
+  await staying.go('disk');
+  again.signal();
+  await expect.poll(() => fs.existsSync(path)).toBe(false);
+  again.signal();
+  expect(await again.ended).toBe(0);
+  staying.destroy();
+});
+
+test('an image of a web server: read from there, and changed in memory only', async () => {
+  const directory = await temporaryDirectory();
+  const content = Buffer.alloc(MIB, 'web ');
+  const web = http.createServer((request, response) => {
+    const [from = 0, to = 0] = (/bytes=(\d+)-(\d+)/.exec(request.headers.range ?? '') ?? []).slice(1).map(Number);
+    const body = content.subarray(from, to + 1);
+    const range = `bytes ${from}-${from + body.length - 1}/${content.length}`;
+    response.writeHead(206, { 'Content-Range': range, 'Content-Length': body.length, ETag: '"1"' }).end(body);
+  });
+  await new Promise<void>((resolve) => void web.listen(0, '127.0.0.1', resolve));
+  onTestFinished(() => void web.close());
+  const path = join(directory, 'image.sock');
+  const url = `http://127.0.0.1:${(web.address() as AddressInfo).port}/disk.img`;
+  const server = await started('web-image', url, `nbd+unix:///image?socket=${path}`);
+  const client = await NbdClient.connect({ path });
+  expect(await client.go('image')).toMatchObject({ size: MIB, readOnly: false });
+  await client.write(2, Buffer.from('xx'));
+  expect((await client.read(0, 8)).toString()).toBe('wexxweb ');
+  expect(content.toString('latin1', 0, 8)).toBe('web web ');
+  await client.disconnect();
+  server.signal();
+  expect(await server.ended).toBe(0);
+});
+
+test('copy: from one server to another, which is larger', async () => {
+  const directory = await temporaryDirectory();
+  const [from, to] = ['from', 'to'].map((name) => `nbd+unix:///ram?socket=${join(directory, name)}`) as [
+    string,
+    string,
+  ];
+  const servers = [await started('ram-disk', from, '4'), await started('ram-disk', to, '5')];
+  const client = await NbdClient.connect({ uri: from });
+  await client.go('ram');
+  await client.write(MIB, randomBytes(MIB));
+  const { stdout } = await run(process.execPath, [example('copy'), from, to]);
+  expect(stdout).toBe(`${4 * MIB} bytes copied, 0 bytes of zeros\n`);
+  const copied = await NbdClient.connect({ uri: to });
+  await copied.go('ram');
+  expect((await copied.read(0, 4 * MIB)).equals(await client.read(0, 4 * MIB))).toBe(true);
+  await Promise.all([client.disconnect(), copied.disconnect()]);
+  for (const server of servers) server.signal();
+  expect(await Promise.all(servers.map(({ ended }) => ended))).toEqual([0, 0]);
+});
+
+test('the README shows the exact text of all examples, the RAM disk first', () => {
+  const shown = [...fs.readFileSync(README, 'utf8').matchAll(/```js\n([^]*?)```/g)].map(([, text]) => text);
+  const names = fs.readdirSync(join(README, '../examples')).map((file) => file.replace('.mjs', ''));
+  const texts = names.map((name) => fs.readFileSync(example(name), 'utf8'));
+  expect(shown[0]).toBe(fs.readFileSync(example('ram-disk'), 'utf8'));
+  expect([...shown].sort()).toEqual(texts.sort());
 });
 
 /** An authority, the server's certificate for localhost, and one for each user. */

@@ -16,6 +16,10 @@ import {
 import { completeDevice, completeGeometry, type AnyDevice } from '../device.js';
 import { readShortfall } from '../transferred.js';
 
+/** Blocks that a filter keeps in memory, bytes: from a sector to the longest request. */
+const LEAST_BLOCK_BYTES = 512;
+const MOST_BLOCK_BYTES = 32 * 1024 * 1024;
+
 export class Forwarding implements CompleteDevice {
   readonly geometry: Geometry;
   /** As the inner device, unless a filter fills every buffer itself. */
@@ -91,8 +95,9 @@ export function memoryFor(device: CompleteDevice, length: number): Buffer {
   return device.fillsBuffer === true ? Buffer.allocUnsafeSlow(length) : Buffer.alloc(length);
 }
 
-/** Errors: RangeError if `value` is not a power of two from 512 to 32 MiB. */
+/** Errors: RangeError if `value` is not a power of two from LEAST_BLOCK_BYTES to MOST_BLOCK_BYTES. */
 export function checkBlockSize(name: string, value: number): void {
-  const isPower = Number.isInteger(value) && value >= 512 && value <= 0x200_0000 && (value & (value - 1)) === 0;
-  if (!isPower) throw new RangeError(`${name} ${value} is not a power of two from 512 to 33554432`);
+  const isInside = Number.isInteger(value) && value >= LEAST_BLOCK_BYTES && value <= MOST_BLOCK_BYTES;
+  if (isInside && (value & (value - 1)) === 0) return;
+  throw new RangeError(`${name} ${value} is not a power of two from ${LEAST_BLOCK_BYTES} to ${MOST_BLOCK_BYTES}`);
 }
