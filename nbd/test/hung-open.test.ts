@@ -129,6 +129,24 @@ test('a describe that never settles ends its connection when its time is up', as
   expect(stuck.provider.describes[0]?.signal.aborted).toBe(true);
 });
 
+test('a describe that was answered is nothing that is owed, when its client then waits too long: the export is opened', async () => {
+  const stuck = await stuckServer({ tcp: true, limits: { handshakeTimeoutMs: 100 } });
+  const askAndWait = async (): Promise<void> => {
+    const client = await stuck.raw();
+    await client.greet();
+    const before = stuck.provider.describes.length;
+    client.send(optionBytes(OPT.INFO, infoQuery('stuck describe')));
+    await until(() => stuck.provider.describes.length > before, 'it is asked');
+    for (const { answer } of stuck.provider.describes) answer();
+    await client.readToEnd();
+  };
+  await Promise.all(Array.from({ length: MAX_LEFTOVERS_PER_EXPORT }, askAndWait));
+  expect(stuck.closes[0]?.reason).toBe('no export chosen within 100 ms');
+  const client = await goOn(stuck, 'stuck describe');
+  stuck.provider.opens[0]?.answer();
+  while ((await client.readOptionReply()).type !== REP.ACK);
+});
+
 test('an answer in time is not changed: the client gets its export', async () => {
   const stuck = await stuckServer({ limits: { openTimeoutMs: 10_000 } });
   const client = await goOn(stuck, 'stuck');

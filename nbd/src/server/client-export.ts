@@ -62,7 +62,7 @@ export class ClientExport {
   readonly #resources: ExportResources;
   #device: AnyDevice | undefined;
   #peer: Peer | undefined;
-  /** The last one. */
+  /** The one that has not settled. */
   #call: ProviderCall | undefined;
 
   constructor(connectionId: number, clientSignal: ClientSignal, resources: ExportResources) {
@@ -168,7 +168,10 @@ export class ClientExport {
       },
     );
     const call: ProviderCall = { name, release: undefined, over };
-    void over.then(() => call.release?.());
+    void over.then(() => {
+      call.release?.();
+      if (this.#call === call) this.#call = undefined;
+    });
     this.#call = call;
     return answered.then((value) => {
       if (call.release !== undefined) throw new Error(`${method} has answered too late`);
