@@ -92,6 +92,7 @@ describe('an open that never settles', () => {
       /"stuck" does not answer: \d+ earlier connections still wait for it/,
     );
     expect(stuck.provider.opens).toHaveLength(opens);
+    expect(stuck.contexts.at(-1)).toMatchObject({ source: 'server', method: 'open', exportName: 'stuck' });
     await client.go('disk');
     client.destroy();
     // Once they settle, it can be opened again.

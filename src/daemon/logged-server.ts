@@ -3,12 +3,12 @@
  * event of the server becomes which line of the log. Decides nothing about exports or clients.
  */
 import type { Logger } from 'pino';
-import { DeviceError, ExportError, NbdServer, type ServerOptions } from 'nbd-server-ts';
+import { DeviceError, ExportError, NbdServer, type ErrorContext, type ServerOptions } from 'nbd-server-ts';
 import { peerCredentials } from '../system/socket-calls.js';
 import type { NbdSessions } from './control/nbd-sessions.js';
 import type { DeadPeerTimeouts } from './dead-peer-timeouts.js';
-import { ConnectionLog } from './log/connection-log.js';
-import { causeOf, times, type StoreAndPeerLines } from './log/repeated-lines.js';
+import { ConnectionLog, identityOf } from './log/connection-log.js';
+import { causeOf, counted, times, type StoreAndPeerLines } from './log/repeated-lines.js';
 
 export interface LoggedServerOptions extends Pick<ServerOptions, 'provider' | 'tls' | 'limits'> {
   readonly log: Logger;
@@ -35,11 +35,13 @@ export function makeLoggedServer(options: LoggedServerOptions): NbdServer {
         connections.closed(event);
         if (event.peer.transport === 'internal') sessions.ended(event.peer.address);
       },
-      onError: (error, { id, exportName }) => {
-        // The devices and exports log these where they know the cause.
-        if (error instanceof DeviceError || error instanceof ExportError) return;
-        repeated.ofStore.tell(`fault ${exportName}`, causeOf(error), (repetition) =>
-          log.error({ err: error, id, exportName }, `request failed${times(repetition)}`),
+      onError: (error, context) => {
+        if (isLoggedElsewhere(error, context)) return;
+        const { id, exportName, peer } = context;
+        const what = whatFailed(context);
+        const details = { err: error, connection: id, export: exportName, ...(peer && identityOf(peer)) };
+        repeated.ofStore.tell(`fault ${exportName}`, `${what}${causeOf(error)}`, (repetition) =>
+          log.error({ ...details, ...counted(repetition) }, `${what}${textOf(error)}${times(repetition)}`),
         );
       },
       onListenerError: (error) =>
@@ -49,4 +51,20 @@ export function makeLoggedServer(options: LoggedServerOptions): NbdServer {
       onRequest: options.debug ? (request) => log.debug(request, 'request') : undefined,
     },
   });
+}
+
+/** The devices log failed requests, and LoggedExports what the exports refuse, where they know the cause. */
+function isLoggedElsewhere(error: unknown, { source, command }: ErrorContext): boolean {
+  if (error instanceof DeviceError) return command !== undefined;
+  return error instanceof ExportError && source === 'provider';
+}
+
+/** The beginning of a line about a failure; empty if the server itself tells it, in a whole sentence. */
+function whatFailed({ exportName, source, command, method }: ErrorContext): string {
+  if (source === 'server') return '';
+  return `${exportName === undefined ? '' : `${exportName}: `}${command ?? method ?? source} failed: `;
+}
+
+function textOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }

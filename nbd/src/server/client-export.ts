@@ -80,7 +80,7 @@ export class ClientExport {
   /** What the provider's `describe` answers. Errors: what it throws; ExportError POLICY: too many calls wait for it already. */
   describe(name: string, peer: Peer, contexts?: readonly string[]): unknown {
     this.#peer = peer;
-    this.#refuseIfStuck(name);
+    this.#refuseIfStuck(name, 'describe');
     const asked = this.#resources.provider.describe(name, peer, contexts, this.#context);
     return this.#waitFor(name, 'describe', asked);
   }
@@ -91,7 +91,7 @@ export class ClientExport {
    */
   async open(name: string, peer: Peer): Promise<OpenExport> {
     this.#peer = peer;
-    this.#refuseIfStuck(name);
+    this.#refuseIfStuck(name, 'open');
     const opening: unknown = this.#resources.provider.open(name, peer, this.#context);
     const closeLate = async (late: unknown): Promise<void> => {
       const device = deviceOf(late);
@@ -107,7 +107,7 @@ export class ClientExport {
     this.name = info.name;
     this.countedAs = info.countedAs ?? info.name;
     // Known by this key only now.
-    this.#refuseIfStuck(this.countedAs);
+    this.#refuseIfStuck(this.countedAs, 'open');
     return { device, info };
   }
 
@@ -150,9 +150,13 @@ export class ClientExport {
     return { id: this.#connectionId, signal: this.#clientSignal.signal };
   }
 
-  #refuseIfStuck(key: string): void {
+  #refuseIfStuck(key: string, method: 'describe' | 'open'): void {
     const refusal = this.#resources.leftovers.refusal(key);
-    if (refusal !== undefined) throw new ExportError('POLICY', refusal);
+    if (refusal === undefined) return;
+    const error = new ExportError('POLICY', refusal);
+    // A refusal is no error to be reported, but this is one of the program.
+    this.failed(error, { source: 'server', method, exportName: key }, true);
+    throw error;
   }
 
   /** `answer` of the provider; `undo` is done to one that comes when nobody waits any more. */

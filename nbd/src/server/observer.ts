@@ -141,8 +141,8 @@ export interface ServerObserver {
   onRequestDone?(event: RequestDoneEvent): void;
   /**
    * A device, the provider, or another callback failed: everything that they throw or reject with, except answers
-   * (ExportErrors other than FAILED, and ENOTSUP to a request with FAST_ZERO). Without this callback every error becomes a
-   * process warning of the type NbdServerWarning, at most one a second.
+   * (ExportErrors other than FAILED, and ENOTSUP to a request with FAST_ZERO); or they do not answer, and the server tells that.
+   * Without this callback every error becomes a process warning of the type NbdServerWarning, at most one a second.
    */
   onError?(error: unknown, context: ErrorContext): void;
   /** A listener failed to accept (out of file descriptors, for example); it continues to listen. */
