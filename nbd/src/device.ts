@@ -16,12 +16,16 @@ import {
   type Transferred,
   type ZeroMode,
 } from './block-device.js';
+import { LoopSlice, LoopSlices } from './server/loop-slices.js';
 import { writeShortfall } from './transferred.js';
 
 /** A page of most systems, and the block of most filesystems, bytes. */
 const DEFAULT_PREFERRED_BLOCK_SIZE = 4096;
 /** Zeros are written in pieces of this size, bytes: a multiple of every minimum block size. */
 const ZERO_PIECE_BYTES = 1024 * 1024;
+
+/** Zeros that are written, for all clients: one request may be for 4 GiB, and a device in memory answers each piece at once. */
+const zeroSlices = new LoopSlices();
 
 /**
  * A device as small as it can be: only `size`, in bytes, and `read` are required. The methods that it has are announced;
@@ -179,9 +183,14 @@ class CompletedDevice implements CompleteDevice {
   async #writeZeros(offset: number, length: number, mode: ZeroMode, signal: AbortSignal | undefined): Promise<void> {
     if (mode.fastZero) throw new DeviceError('ENOTSUP', 'zeros are written here, which is not fast');
     const end = offset + length;
+    const zeros = Buffer.alloc(Math.min(ZERO_PIECE_BYTES, length));
+    const slice = new LoopSlice(zeroSlices);
     for (let at = offset; at < end; at += ZERO_PIECE_BYTES) {
-      // New memory for each: a device that writes into what it was given does not change the next piece.
-      await this.#writeWhole(at, Buffer.alloc(Math.min(ZERO_PIECE_BYTES, end - at)), signal);
+      if (slice.isOver) await slice.next();
+      signal?.throwIfAborted();
+      // A device may have written into what it was given.
+      if (at > offset) zeros.fill(0);
+      await this.#writeWhole(at, zeros.subarray(0, end - at), signal);
     }
     if (mode.fua) await this.flush(signal);
   }
