@@ -54,7 +54,12 @@ function denseMemory(bytes: Uint8Array): MemoryDevice {
     fillsBuffer: true,
     canFua: true,
     canFastZero: true,
-    read: (offset, into) => void into.set(bytes.subarray(offset, offset + into.length)),
+    read: (offset, into) => {
+      const part = bytes.subarray(offset, offset + into.length);
+      into.set(part);
+      // Fewer, if the caller has made its buffer smaller.
+      return part.length;
+    },
     write: (offset, data) => void bytes.set(data, offset),
     zero: (offset, length) => void bytes.fill(0, offset, offset + length),
     flush: () => undefined,
