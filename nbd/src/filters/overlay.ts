@@ -19,7 +19,10 @@ import { checkBlockSize, Forwarding, isPromise, memoryFor, readWhole } from './f
 
 /** Options of `overlay`. */
 export interface OverlayOptions {
-  /** Memory for changes, in bytes; a change that needs more fails with ENOSPC. No limit by default. */
+  /**
+   * Memory for changes, in bytes; a change that needs more fails with ENOSPC. No limit by default. Each block takes about 1 KiB
+   * more, which is not counted.
+   */
   readonly maxBytes?: number;
   /** The unit of copying, bytes: a power of two from 512 to 32 MiB, at least the device's minimum block size. Default 4096. */
   readonly blockSize?: number;
