@@ -74,6 +74,16 @@ test('more than maxBytes is ENOSPC at the offset where it ends, until pages are 
   expect(device.allocatedBytes).toBe(2 * PAGE);
 });
 
+test('as much as the size is enough for all of the disk', async () => {
+  for (const size of [1, 10_000, PAGE + 1]) {
+    const device = memoryDevice({ size, maxBytes: size });
+    await device.write(0, Buffer.alloc(size, 1), false);
+    const into = Buffer.alloc(1);
+    await device.read(size - 1, into);
+    expect(into[0]).toBe(1);
+  }
+});
+
 test('memory of the caller is read and written in place', async () => {
   const memory = new Uint8Array(10).fill(7);
   const device = memoryDevice(memory.subarray(2, 8));
