@@ -43,9 +43,9 @@ export interface ServeOptions extends Omit<ServerOptions, 'provider' | 'tls'> {
  *       write: (offset, data) => disk.set(data, offset),
  *     })
  *
- * All connections use this one device: `multiConn` is announced, unless it says otherwise. Its `close` is called once, when the
- * server is closed and the last connection is over: with 'disconnect' if all of them have ended so, else with 'lost'. If this
- * rejects, the device is still the caller's, and not closed.
+ * All connections use this one device: `multiConn` is announced, unless it says otherwise, as memoryDevice, overlay and cache do
+ * by default. Its `close` is called once, when the server is closed and the last connection is over: with 'disconnect' if all of
+ * them have ended so, else with 'lost'. If this rejects, the device is still the caller's, and not closed.
  *
  * Without a host only this machine can connect. For an `nbds` URI `options.tls` must be given, and every client must use TLS.
  * A server keeps the process alive until it is closed. It handles no signals.

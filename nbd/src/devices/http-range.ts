@@ -36,8 +36,9 @@ export interface HttpRangeOptions {
 
 /**
  * The resource at `url` as a read-only disk. One request at once finds the size; the server must answer ranges (status 206).
- * Redirections are followed at each request. A user and password in the URL are sent as Basic authorization. If the resource changes (ETag, Last-Modified, size) while the device is open, all
- * reads of what is new fail with EIO: a client never gets parts of two versions.
+ * Redirections are followed at each request. A user and password in the URL are sent as Basic authorization. If the resource
+ * changes (ETag, Last-Modified, size) while the device is open, all reads of what is new fail with EIO: a client never gets
+ * parts of two versions.
  *
  * Errors: DeviceError EIO with what the server has answered; a read that fails has the same.
  */

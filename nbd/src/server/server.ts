@@ -423,9 +423,9 @@ export class NbdServer {
 
   /**
    * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every connection is
-   * over and its device closed. After `graceMs` milliseconds (Infinity: never) the remaining sockets are closed, and the signals
-   * of their devices aborted; devices get one more second. What is `unfinished` then waits for its device; it is also reported
-   * to the observer.
+   * over and its device closed. After `graceMs` milliseconds (by default 10 s; Infinity: never) the remaining sockets are
+   * closed, and the signals of their devices aborted; devices get one more second. What is `unfinished` then waits for its
+   * device; it is also reported to the observer.
    * Errors: RangeError (graceMs is no time), and nothing is closed.
    *
    * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
