@@ -13,7 +13,7 @@ import type { Block } from './buffer-pool.js';
 import type { Asked, Failure } from './failure.js';
 import { fillsBuffer, type ServedDevice } from './geometry.js';
 import { isChange, TimedRequest, type OverdueRequests } from './overdue-requests.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import type { ReceiveMemory } from './receive-memory.js';
 import type { Addressee } from './reply-encoder.js';
 import type { ReplyQueue } from './reply-queue.js';

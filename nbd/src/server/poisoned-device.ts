@@ -6,8 +6,8 @@
 
 import type { Awaitable, BlockDevice, DeviceGeometry, Ending, ExportProvider, Transferred } from '../block-device.js';
 import { completeDevice, isBlockDevice, type AnyDevice } from '../device.js';
+import { promiseOf } from '../promised.js';
 import { DETACHED, isDetached, readShortfall, writeShortfall } from '../transferred.js';
-import { promiseOf } from './promised.js';
 
 /** What overwritten memory reads as: "POISONED", again and again. */
 const POISON = 'POISONED';

@@ -25,7 +25,7 @@ import {
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
 import { GuardedObserver } from './guarded-observer.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 import { unlessAborted, within } from './timers.js';

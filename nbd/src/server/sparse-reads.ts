@@ -10,7 +10,7 @@ import type { MemoryAccount } from './buffer-pool.js';
 import type { Asked, Failure } from './failure.js';
 import { fillsBuffer, type ServedDevice } from './geometry.js';
 import { TimedRequest } from './overdue-requests.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
 import { addresseeOf, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 import type { ReplyQueue } from './reply-queue.js';
