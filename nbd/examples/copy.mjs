@@ -13,6 +13,7 @@ const { copied, zeroed } = await copy(source, target, {
   onProgress: ({ copied, zeroed, total }) =>
     process.stderr.write(`\r${Math.floor((100 * (copied + zeroed)) / total)} %`),
 });
+process.stderr.write('\n');
 console.log(`${copied} bytes copied, ${zeroed} bytes of zeros`);
 await source.disconnect();
 await target.disconnect();

@@ -96,9 +96,15 @@ export interface BlockDevice {
    * of it shows no other client's data.
    */
   readonly fillsBuffer?: boolean;
-  /** Fill `into` with the bytes at `offset`. It must not be touched once the returned promise has settled. */
+  /**
+   * Fill `into` with the bytes at `offset`. It must not be touched once the returned promise has settled. It is a view of a
+   * larger block of the server: never transfer its ArrayBuffer.
+   */
   read(offset: number, into: Buffer, signal?: AbortSignal): Awaitable<Transferred>;
-  /** The device may use `data` until the returned promise settles, not longer: the memory is used again then. */
+  /**
+   * The device may use `data` until the returned promise settles, not longer: the memory is used again then. What it keeps, or
+   * sends to another thread, is a copy (`new Uint8Array(data)`): `data` is a view of a larger block of the server.
+   */
   write(offset: number, data: Buffer, fua: boolean, signal?: AbortSignal): Awaitable<Transferred>;
   /** When it answers, all writes answered before this call are durable. */
   flush(signal?: AbortSignal): Awaitable<void>;

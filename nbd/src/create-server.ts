@@ -15,6 +15,7 @@ import {
 } from './block-device.js';
 import { checkedOpened, isThenable, kindOf } from './checked-device.js';
 import type { AnyDevice } from './device.js';
+import { warnOf } from './server/error-warnings.js';
 import { NbdServer, type ServerOptions } from './server/server.js';
 
 /** The connection for which an export is asked. */
@@ -138,7 +139,9 @@ class FunctionExports implements ExportProvider<CompleteDevice> {
     if (kept === undefined) return;
     if (kept.device !== undefined) return closeUnused(kept);
     // The client does not wait for it, nor does the server.
-    closeUnused(kept).catch((error: unknown) => process.emitWarning(error as Error));
+    closeUnused(kept).catch((error: unknown) => {
+      warnOf(error, { peer, exportName: kept.name, source: 'device', method: 'close', expected: false });
+    });
   }
 
   /** Close `before` and open `name`, one after the other: both may be the same file. */

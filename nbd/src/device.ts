@@ -16,12 +16,17 @@ import {
   type Transferred,
   type ZeroMode,
 } from './block-device.js';
+import { LoopSlice, LoopSlices } from './server/loop-slices.js';
+import { awaited } from './promised.js';
 import { writeShortfall } from './transferred.js';
 
 /** A page of most systems, and the block of most filesystems, bytes. */
 const DEFAULT_PREFERRED_BLOCK_SIZE = 4096;
 /** Zeros are written in pieces of this size, bytes: a multiple of every minimum block size. */
 const ZERO_PIECE_BYTES = 1024 * 1024;
+
+/** Zeros that are written, for all clients: one request may be for 4 GiB, and a device in memory answers each piece at once. */
+const zeroSlices = new LoopSlices();
 
 /**
  * A device as small as it can be: only `size`, in bytes, and `read` are required. The methods that it has are announced;
@@ -62,7 +67,8 @@ export function completeGeometry(given: DeviceGeometry): Geometry {
 
 /**
  * `device` with a whole geometry and all methods; a method that it neither has nor announces fails with ENOTSUP. A device of
- * the full interface behaves as before.
+ * the full interface behaves as before. What it answers later is a promise of the language, whatever the device returned.
+ * Errors: TypeError if `device` has no method `read`.
  */
 export function completeDevice(device: AnyDevice): CompleteDevice {
   return new CompletedDevice(device);
@@ -106,6 +112,8 @@ class CompletedDevice implements CompleteDevice {
   readonly #flushesForFua: boolean;
 
   constructor(device: AnyDevice) {
+    if (typeof (device as Partial<AnyDevice>).read !== 'function')
+      throw new TypeError('a device has a method read; a promise of one must be awaited');
     this.#inner = device;
     if (isBlockDevice(device)) {
       this.geometry = completeGeometry(device.geometry);
@@ -119,18 +127,18 @@ class CompletedDevice implements CompleteDevice {
   }
 
   read(offset: number, into: Buffer, signal?: AbortSignal): Awaitable<Transferred> {
-    return this.#inner.read(offset, into, signal);
+    return awaited(this.#inner.read(offset, into, signal));
   }
 
   write(offset: number, data: Buffer, fua: boolean, signal?: AbortSignal): Awaitable<Transferred> {
     const inner = this.#inner;
     if (inner.write === undefined) throw missing('write');
-    if (!fua || !this.#flushesForFua) return inner.write(offset, data, fua, signal);
+    if (!fua || !this.#flushesForFua) return awaited(inner.write(offset, data, fua, signal));
     return this.#writeAndFlush(offset, data, signal);
   }
 
   flush(signal?: AbortSignal): Awaitable<void> {
-    return this.#inner.flush?.(signal);
+    return awaited(this.#inner.flush?.(signal));
   }
 
   zero(offset: number, length: number, mode: ZeroMode, signal?: AbortSignal): Awaitable<void> {
@@ -139,31 +147,31 @@ class CompletedDevice implements CompleteDevice {
       if (this.geometry.canZero && inner.write !== undefined) return this.#writeZeros(offset, length, mode, signal);
       throw missing('zero');
     }
-    const answer = inner.zero(offset, length, mode, signal);
+    const answer = awaited(inner.zero(offset, length, mode, signal));
     return mode.fua && this.#flushesForFua ? this.#flushAfter(answer, signal) : answer;
   }
 
   trim(offset: number, length: number, fua: boolean, signal?: AbortSignal): Awaitable<void> {
     const inner = this.#inner;
     if (inner.trim === undefined) throw missing('trim');
-    const answer = inner.trim(offset, length, fua, signal);
+    const answer = awaited(inner.trim(offset, length, fua, signal));
     return fua && this.#flushesForFua ? this.#flushAfter(answer, signal) : answer;
   }
 
   cache(offset: number, length: number, signal?: AbortSignal): Awaitable<void> {
     const inner = this.#inner;
     if (inner.cache === undefined) throw missing('cache');
-    return inner.cache(offset, length, signal);
+    return awaited(inner.cache(offset, length, signal));
   }
 
   extents(context: string, offset: number, length: number, sink: ExtentSink, signal?: AbortSignal): Awaitable<void> {
     const inner = this.#inner;
     if (inner.extents === undefined) throw missing('extents');
-    return inner.extents(context, offset, length, sink, signal);
+    return awaited(inner.extents(context, offset, length, sink, signal));
   }
 
   close(ending: Ending): Awaitable<void> {
-    return this.#inner.close?.(ending);
+    return awaited(this.#inner.close?.(ending));
   }
 
   async #writeAndFlush(offset: number, data: Buffer, signal: AbortSignal | undefined): Promise<void> {
@@ -179,16 +187,21 @@ class CompletedDevice implements CompleteDevice {
   async #writeZeros(offset: number, length: number, mode: ZeroMode, signal: AbortSignal | undefined): Promise<void> {
     if (mode.fastZero) throw new DeviceError('ENOTSUP', 'zeros are written here, which is not fast');
     const end = offset + length;
+    const zeros = Buffer.alloc(Math.min(ZERO_PIECE_BYTES, length));
+    const slice = new LoopSlice(zeroSlices);
     for (let at = offset; at < end; at += ZERO_PIECE_BYTES) {
-      // New memory for each: a device that writes into what it was given does not change the next piece.
-      await this.#writeWhole(at, Buffer.alloc(Math.min(ZERO_PIECE_BYTES, end - at)), signal);
+      if (slice.isOver) await slice.next();
+      signal?.throwIfAborted();
+      // A device may have written into what it was given.
+      if (at > offset) zeros.fill(0);
+      await this.#writeWhole(at, zeros.subarray(0, end - at), signal);
     }
     if (mode.fua) await this.flush(signal);
   }
 
   /** Errors: DeviceError EIO if the device says that it has written less. */
   async #writeWhole(offset: number, data: Buffer, signal: AbortSignal | undefined): Promise<void> {
-    const shortfall = writeShortfall(await this.#inner.write?.(offset, data, false, signal), data.length);
+    const shortfall = writeShortfall(await awaited(this.#inner.write?.(offset, data, false, signal)), data.length);
     if (shortfall !== undefined) throw new DeviceError('EIO', shortfall);
   }
 }

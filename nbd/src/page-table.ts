@@ -5,9 +5,13 @@
 
 /** Pages of a directory. A range of pages is walked directory by directory. */
 const DIRECTORY_PAGES = 1024;
+/** A directory is an array of arrays of so many pages: one page alone costs some hundred bytes, and not as many as itself. */
+const GROUP_PAGES = 32;
+
+type Group<Page> = (Page | undefined)[];
 
 interface Directory<Page> {
-  readonly pages: (Page | undefined)[];
+  readonly groups: (Group<Page> | undefined)[];
   count: number;
 }
 
@@ -23,22 +27,25 @@ export class PageTable<Page extends object> {
   }
 
   get(index: number): Page | undefined {
-    return this.#directories.get(Math.floor(index / DIRECTORY_PAGES))?.pages[index % DIRECTORY_PAGES];
+    const directory = this.#directories.get(Math.floor(index / DIRECTORY_PAGES));
+    return directory && pageAt(directory, index % DIRECTORY_PAGES);
   }
 
   set(index: number, page: Page): void {
     const key = Math.floor(index / DIRECTORY_PAGES);
     let directory = this.#directories.get(key);
     if (directory === undefined) {
-      directory = { pages: new Array<Page | undefined>(DIRECTORY_PAGES).fill(undefined), count: 0 };
+      directory = { groups: new Array<undefined>(DIRECTORY_PAGES / GROUP_PAGES).fill(undefined), count: 0 };
       this.#directories.set(key, directory);
       this.#order.splice(this.#positionOf(key), 0, key);
     }
-    if (directory.pages[index % DIRECTORY_PAGES] === undefined) {
+    const at = Math.floor((index % DIRECTORY_PAGES) / GROUP_PAGES);
+    const group = (directory.groups[at] ??= new Array<Page | undefined>(GROUP_PAGES).fill(undefined));
+    if (group[index % GROUP_PAGES] === undefined) {
       directory.count++;
       this.#count++;
     }
-    directory.pages[index % DIRECTORY_PAGES] = page;
+    group[index % GROUP_PAGES] = page;
   }
 
   /** Remove the pages of [from, to). */
@@ -66,10 +73,17 @@ export class PageTable<Page extends object> {
       const key = this.#order[at] as number;
       const base = key * DIRECTORY_PAGES;
       if (base >= to) return to;
-      const pages = this.#directories.get(key)?.pages ?? [];
+      const groups = this.#directories.get(key)?.groups ?? [];
       const end = Math.min(to - base, DIRECTORY_PAGES);
-      for (let index = Math.max(0, from - base); index < end; index++) {
-        if (pages[index] !== undefined) return base + index;
+      for (let index = Math.max(0, from - base); index < end;) {
+        const group = groups[Math.floor(index / GROUP_PAGES)];
+        const next = index - (index % GROUP_PAGES) + GROUP_PAGES;
+        if (group !== undefined) {
+          for (const last = Math.min(end, next); index < last; index++) {
+            if (group[index % GROUP_PAGES] !== undefined) return base + index;
+          }
+        }
+        index = next;
       }
     }
     return to;
@@ -84,7 +98,7 @@ export class PageTable<Page extends object> {
       if (directory === undefined) return at;
       const next = Math.min(to, (key + 1) * DIRECTORY_PAGES);
       if (directory.count < DIRECTORY_PAGES) {
-        for (; at < next; at++) if (directory.pages[at % DIRECTORY_PAGES] === undefined) return at;
+        for (; at < next; at++) if (pageAt(directory, at % DIRECTORY_PAGES) === undefined) return at;
       }
       at = next;
     }
@@ -104,6 +118,10 @@ export class PageTable<Page extends object> {
   }
 }
 
+function pageAt<Page>(directory: Directory<Page>, index: number): Page | undefined {
+  return directory.groups[Math.floor(index / GROUP_PAGES)]?.[index % GROUP_PAGES];
+}
+
 /** Remove the pages of [from, to) of a directory; how many they were. */
 function clear(directory: Directory<object>, from: number, to: number): number {
   const before = directory.count;
@@ -113,10 +131,18 @@ function clear(directory: Directory<object>, from: number, to: number): number {
     return before;
   }
   const end = Math.min(to, DIRECTORY_PAGES);
-  for (let index = Math.max(0, from); index < end; index++) {
-    if (directory.pages[index] === undefined) continue;
-    directory.pages[index] = undefined;
-    directory.count--;
+  for (let index = Math.max(0, from); index < end;) {
+    const start = index - (index % GROUP_PAGES);
+    const at = start / GROUP_PAGES;
+    const next = start + GROUP_PAGES;
+    const group = directory.groups[at];
+    // What is empty as a whole is dropped, too.
+    if (index === start && next <= end) directory.groups[at] = undefined;
+    for (const last = Math.min(end, next); index < last; index++) {
+      if (group?.[index % GROUP_PAGES] === undefined) continue;
+      group[index % GROUP_PAGES] = undefined;
+      directory.count--;
+    }
   }
   return before - directory.count;
 }

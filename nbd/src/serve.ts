@@ -14,10 +14,12 @@ import {
 import { checkedDevice, kindOf } from './checked-device.js';
 import type { AnyDevice } from './device.js';
 import { DeviceHandle, sharedGeometry } from './device-handle.js';
+import { checkTls } from './protocol/tls-material.js';
 import { formatNbdUri, type NbdUri } from './protocol/uri.js';
 import { decodeString, MAX_STRING_BYTES } from './protocol/wire.js';
+import { GuardedObserver } from './server/guarded-observer.js';
 import { listenPlace, type BoundAddress, type ListenOptions, type ListenTarget } from './server/listening.js';
-import { NbdServer, type ServerOptions, type Unfinished } from './server/server.js';
+import { graceOf, NbdServer, type ServerOptions, type Unfinished } from './server/server.js';
 
 type ServerTls = NonNullable<ServerOptions['tls']>;
 
@@ -43,9 +45,9 @@ export interface ServeOptions extends Omit<ServerOptions, 'provider' | 'tls'> {
  *       write: (offset, data) => disk.set(data, offset),
  *     })
  *
- * All connections use this one device: `multiConn` is announced, unless it says otherwise. Its `close` is called once, when the
- * server is closed and the last connection is over: with 'disconnect' if all of them have ended so, else with 'lost'. If this
- * rejects, the device is still the caller's, and not closed.
+ * All connections use this one device: `multiConn` is announced, unless it says otherwise, as memoryDevice, overlay and cache do
+ * by default. Its `close` is called once, when the server is closed and the last connection is over: with 'disconnect' if all of
+ * them have ended so, else with 'lost'. If this rejects, the device is still the caller's, and not closed.
  *
  * Without a host only this machine can connect. For an `nbds` URI `options.tls` must be given, and every client must use TLS.
  * A server keeps the process alive until it is closed. It handles no signals.
@@ -58,7 +60,8 @@ export async function serve(where: ListenTarget, device: AnyDevice, options: Ser
   const { name, description = '', mode, tls, ...others } = options;
   const info = { name: nameFor(uri, name), description: text('description', description) };
   const provider = new OneExport(complete, sharedGeometry(device, complete), info);
-  const server = new OneDeviceServer(provider, { ...others, tls: tlsFor(uri, tls) }, info.name, uri);
+  const observer = GuardedObserver.of(options.observer);
+  const server = new OneDeviceServer(provider, { ...others, observer, tls: tlsFor(uri, tls) }, info.name, uri);
   await server.listen(withMode(place, mode));
   return server;
 }
@@ -80,6 +83,8 @@ export interface DeviceServer extends NbdServer {
   close(options?: Parameters<NbdServer['close']>[0]): Promise<Unfinished>;
 }
 
+type OneDeviceOptions = Omit<ServerOptions, 'provider' | 'observer'> & { readonly observer: GuardedObserver };
+
 class OneDeviceServer extends NbdServer implements DeviceServer {
   readonly #provider: OneExport;
   readonly #exportName: string;
@@ -87,11 +92,14 @@ class OneDeviceServer extends NbdServer implements DeviceServer {
   readonly #requiresTls: boolean;
   #bound: BoundAddress | undefined;
   #host: string | undefined;
-  #ended: Promise<Unfinished> | undefined;
+  readonly #observer: GuardedObserver;
+  /** A caller of close() gets the errors of the device. */
+  #isClosing = false;
 
-  constructor(provider: OneExport, options: Omit<ServerOptions, 'provider'>, exportName: string, uri?: NbdUri) {
+  constructor(provider: OneExport, options: OneDeviceOptions, exportName: string, uri?: NbdUri) {
     super({ ...options, provider });
     this.#provider = provider;
+    this.#observer = options.observer;
     this.#exportName = exportName;
     this.#given = uri;
     this.#requiresTls = options.tls?.mode === 'require';
@@ -131,26 +139,22 @@ class OneDeviceServer extends NbdServer implements DeviceServer {
     return bound;
   }
 
-  override close(options?: Parameters<NbdServer['close']>[0]): Promise<Unfinished> {
-    this.#ended ??= this.#end(super.close(options));
-    return this.#ended;
+  override async close(options?: Parameters<NbdServer['close']>[0]): Promise<Unfinished> {
+    graceOf(options);
+    this.#isClosing = true;
+    const unfinished = await super.close(options);
+    await this.#provider.end();
+    return unfinished;
   }
 
   /** The device is closed as soon as its requests in flight have finished. */
   override destroy(): void {
     super.destroy();
     this.#provider.end().catch((error: unknown) => {
-      // Otherwise close() gives it to its caller.
-      if (this.#ended === undefined) process.emitWarning(error as Error);
+      if (this.#isClosing) return;
+      const { name: exportName } = this.#provider;
+      this.#observer.onError(error, { exportName, source: 'device', method: 'close', expected: false });
     });
-  }
-
-  async #end(closing: Promise<Unfinished>): Promise<Unfinished> {
-    try {
-      return await closing;
-    } finally {
-      await this.#provider.end();
-    }
   }
 }
 
@@ -168,6 +172,10 @@ class OneExport implements ExportProvider<CompleteDevice> {
     this.#device = device;
     this.#geometry = geometry;
     this.#info = info;
+  }
+
+  get name(): string {
+    return this.#info.name;
   }
 
   list(): readonly ExportInfo[] {
@@ -234,6 +242,7 @@ function tlsFor(uri: NbdUri | undefined, tls: ServeOptions['tls']): ServerTls | 
     if (uri?.tls === true) throw new TypeError('an nbds URI needs the option tls, with the keys of the server');
     return undefined;
   }
+  checkTls(tls, 'require');
   const { mode = 'require' } = tls;
   if (uri?.tls === true && mode === 'off') throw new TypeError("an nbds URI needs TLS, and tls.mode is 'off'");
   // Called as a method, as it is written.

@@ -7,6 +7,7 @@ import type { Awaitable, CompleteDevice, Ending } from './block-device.js';
 import { checkedOpened } from './checked-device.js';
 import type { AnyDevice } from './device.js';
 import { DeviceHandle, sharedGeometry } from './device-handle.js';
+import { warnOf } from './server/error-warnings.js';
 
 /**
  * Opens the device called `name`: gives it, null or undefined if there is none, or an Error. `signal` is aborted when all
@@ -142,7 +143,9 @@ class SharedDevice {
     this.#controller = undefined;
     if (opened !== undefined && this.#waiting.size === 0) {
       // Opened for nobody: all have left.
-      await this.#close(opened).catch((error: unknown) => process.emitWarning(error as Error));
+      await this.#close(opened).catch((error: unknown) => {
+        warnOf(error, { source: 'device', method: 'close', exportName: this.#name, expected: false });
+      });
       return;
     }
     this.#isBusy = false;

@@ -1,6 +1,6 @@
 /**
- * Whether a device has transferred all bytes of a read or write, by what its method returned. It owns that rule; it knows
- * neither requests nor replies.
+ * Whether a device has transferred all bytes of a read or write, by what its method returned, and whether their memory is still
+ * there. It owns these rules; it knows neither requests nor replies.
  */
 
 /**
@@ -42,4 +42,13 @@ function isSameView(result: unknown, into: Uint8Array): boolean {
   if (result === into) return true;
   if (!(result instanceof Uint8Array) || result.buffer !== into.buffer) return false;
   return result.byteOffset === into.byteOffset && result.length === into.length;
+}
+
+/** Why a request fails whose memory the device has given away. */
+export const DETACHED =
+  'the device has transferred (detached) the memory of a request, which is not its own; it must copy the data';
+
+/** Whether the memory of `view`, which had `length` bytes, was given away, as postMessage and structuredClone can. */
+export function isDetached(view: Uint8Array, length: number): boolean {
+  return view.length !== length;
 }

@@ -4,6 +4,7 @@ import net from 'node:net';
 import { describe, expect, test } from 'vitest';
 import { NbdClient } from '../src/index.js';
 import { CMD, OPT } from '../src/protocol/wire.js';
+import { strays, turns } from './careless.js';
 import { duplexPair } from './duplex-pair.js';
 import { infoQuery, metaQueries, optionBytes, RawClient, requestBytes } from './raw-client.js';
 import { stuckServer, type StuckCall, type StuckServer } from './stuck-device.js';
@@ -243,4 +244,27 @@ test('work that is given up for a client that is gone is no error to report; a b
   third.fail(bug);
   await until(() => stuck.server.connections.size === 0, 'it is over');
   expect(stuck.errors).toEqual([bug]);
+});
+
+test('what a device then throws may be anything', async () => {
+  const uncaught = strays();
+  const stuck = await stuckServer({ tcp: true });
+  const client = await stuck.opened();
+  const boom = (): never => {
+    throw new Error('boom');
+  };
+  const thrown = [
+    new Proxy({}, { get: boom, has: boom, getPrototypeOf: boom }),
+    Object.defineProperty(new Error('unnamed'), 'name', { get: boom }),
+    Object.defineProperty(new Error('without cause'), 'cause', { get: boom }),
+  ];
+  const reads: Awaited<ReturnType<typeof waitingRead>>[] = [];
+  while (reads.length < thrown.length) reads.push(await waitingRead(stuck, client));
+  reset(client);
+  await until(() => reads.every(({ signal }) => signal.aborted), 'it is aborted');
+  for (const [index, { fail }] of reads.entries()) fail(thrown[index]);
+  await until(() => stuck.server.connections.size === 0, 'it is over');
+  expect(stuck.errors).toHaveLength(3);
+  await turns();
+  expect(uncaught).toEqual([]);
 });

@@ -134,6 +134,32 @@ test('a read that fails is not kept, and fails for all who wait for it', async (
   expect(await byteAt(device, 0)).toBe(1);
 });
 
+test('one bad sector fails only the reads that need it, and shows no other memory', async () => {
+  const inner = new ModelDevice(content, { isAsync: true });
+  const bad = 3 * BLOCK + 5;
+  inner.before = (_, offset, length) => {
+    if (offset <= bad && bad < offset + length) throw new Error('unreadable');
+  };
+  const device = cache(inner, { blockSize: BLOCK });
+  // The second one would share what is loaded for the first one.
+  const [whole, beside] = await Promise.allSettled([device.read(0, Buffer.alloc(6 * BLOCK)), byteAt(device, BLOCK)]);
+  expect(whole).toMatchObject({ status: 'rejected', reason: { message: 'unreadable' } });
+  expect(beside).toEqual({ status: 'fulfilled', value: content[BLOCK] });
+  expect(await byteAt(device, bad - 1)).toBe(content[bad - 1]);
+  await expect(byteAt(device, bad)).rejects.toThrow('unreadable');
+
+  // One that says nothing of what it leaves out, as soon as it has failed once.
+  const careless = new ModelDevice(content);
+  careless.fillsBuffer = false;
+  careless.before = (_, __, length) => {
+    if (length > 16) throw new Error('unreadable');
+  };
+  careless.carelessness = 'nothing';
+  const into = Buffer.alloc(16, 0xaa);
+  await cache(careless, { blockSize: BLOCK }).read(0, into);
+  expect(into).toEqual(Buffer.alloc(16));
+});
+
 test('a CACHE request reads ahead, as much as fits', async () => {
   const inner = new ModelDevice(content);
   const device = cache(inner, { blockSize: BLOCK, maxBytes: 8 * BLOCK });

@@ -2,7 +2,8 @@
 
 import { describe, expect, test } from 'vitest';
 import { NbdClient, NbdClientError, type ClientOptions } from '../src/index.js';
-import { failureOf, fakeServer, letIn } from './fake-server.js';
+import { CMD } from '../src/protocol/wire.js';
+import { failureOf, fakeServer, hear, letIn, reply } from './fake-server.js';
 import { DISK_SIZE, TestExport } from './test-device.js';
 import { startServer } from './test-server.js';
 
@@ -29,6 +30,8 @@ describe('requests', () => {
     ['trim of null', (client) => client.trim(0, null as never)],
     ['cache of an object', (client) => client.cache({} as never, 1)],
     ['block status of a number', (client) => client.blockStatus(1 as never, 0, 1)],
+    // As of a device, where it means FUA.
+    ['true in place of options', (client) => client.write(0, Buffer.alloc(1), true as never)],
     ['a signal that is none', (client) => client.read(0, 1, { signal: {} as never })],
     ['a signal that is none, of a flush', (client) => client.flush({ signal: 'x' as never })],
   ];
@@ -54,6 +57,64 @@ describe('requests', () => {
     [2 ** 53, 1],
     [0, 2 ** 53],
   ];
+  test('a command or flag that was not announced fails with EINVAL and is not sent', async () => {
+    const heard: number[] = [];
+    const path = await fakeServer(async (peer) => {
+      await letIn(peer, { flags: 1 });
+      const request = await hear(peer);
+      heard.push(request.type, request.flags);
+      reply(peer, request);
+    });
+    const client = await NbdClient.connect({ path });
+    await client.go('disk');
+    const calls: [name: string, call: () => Promise<unknown>][] = [
+      ['flush', () => client.flush()],
+      ['trim', () => client.trim(0, 1)],
+      ['zero', () => client.zero(0, 1)],
+      ['cache', () => client.cache(0, 1)],
+      ['df', () => client.read(0, 1, { df: true })],
+      ['fua', () => client.write(0, Buffer.alloc(1), { fua: true })],
+    ];
+    for (const [name, call] of calls) {
+      expect(await failureOf(call())).toMatchObject({
+        code: 'EINVAL',
+        message: expect.stringContaining(`the server has not announced ${name} for this export`) as string,
+      });
+    }
+    await client.write(0, Buffer.alloc(1));
+    expect(heard).toEqual([CMD.WRITE, 0]);
+    client.destroy();
+  });
+
+  // Without it, `nbdkit sparse-random` fails an assertion and ends.
+  test('neither is fastZero, by which a server could be ended', async () => {
+    const path = await fakeServer((peer) => letIn(peer, { flags: 1 | 64 }));
+    const client = await NbdClient.connect({ path });
+    await client.go('disk');
+    const failure = await failureOf(client.zero(0, 1, { fastZero: true }));
+    expect(failure.message).toBe('zero of 1 bytes at 0: the server has not announced fastZero for this export');
+    client.destroy();
+  });
+
+  test('requests of length 0 succeed and are not sent, because servers differ; a block status of nothing is EINVAL', async () => {
+    const server = await startServer();
+    for (const replies of ['simple', 'structured', 'extended'] as const) {
+      const client = await NbdClient.connect({ path: server.path, replies });
+      await client.go('disk');
+      expect(await client.read(DISK_SIZE, 0)).toHaveLength(0);
+      await client.write(17, Buffer.alloc(0), { fua: true });
+      await client.zero(17, 0);
+      await client.trim(17, 0);
+      await client.cache(17, 0);
+      expect((await failureOf(client.read(DISK_SIZE + 1, 0))).code).toBe('EINVAL');
+      if (replies !== 'simple') {
+        expect((await failureOf(client.blockStatus('base:allocation', 0, 0))).code).toBe('EINVAL');
+      }
+      await client.disconnect();
+    }
+    expect(server.requests).toEqual([]);
+  });
+
   test('what is no range fails with EINVAL and is not sent', async () => {
     const { client: open, requests } = await startServer();
     const client = await open();
@@ -87,7 +148,7 @@ describe('requests', () => {
       expect((await failureOf(client.zero(offset, length))).code).toBe('ENOSPC');
       expect((await failureOf(client.write(offset, Buffer.alloc(length % 2 ** 32)))).code).toBe('ENOSPC');
     }
-    await client.read(DISK_SIZE, 0);
+    await client.read(0, 1);
     expect(requests).toHaveLength(1);
   });
 
@@ -143,6 +204,17 @@ describe('names', () => {
     });
   }
 
+  test('the export may be left out of every option that names one', async () => {
+    const { path } = await startServer();
+    const client = await NbdClient.connect({ uri: `nbd+unix:///disk?socket=${path}` });
+    expect(await client.listContexts()).toEqual(['base:allocation']);
+    expect(await client.selectContexts(undefined, ['base:allocation'])).toEqual(['base:allocation']);
+    expect((await client.info()).size).toBe(DISK_SIZE);
+    await client.go();
+    expect(client.contexts).toEqual(['base:allocation']);
+    client.destroy();
+  });
+
   test('contexts that are not an array are a TypeError', async () => {
     const client = await NbdClient.connect({ path: (await startServer()).path });
     expect(await rejection(client.selectContexts('disk', 'base:allocation' as never))).toBeInstanceOf(TypeError);
@@ -172,6 +244,15 @@ describe('options of connect()', () => {
     { path, replies: 'best' },
     { path, signal: 'x' },
     { path, timeoutMs: '1' },
+    { path, tls: true },
+    { path, tls: null },
+    { path, tls: [] },
+    { path, tls: { psk: null } },
+    { path, tls: { authorities: 1 } },
+    { path, tls: { authorities: 'ca.pem' } },
+    { path, tls: { certificate: { chain: '-----BEGIN CERTIFICATE-----' } } },
+    { path, tls: { certificate: { chain: '-----BEGIN CERTIFICATE-----', key: '-----BEGIN PRIVATE KEY-----' } } },
+    { path, tls: { serverName: '' } },
   ]) {
     test(`${JSON.stringify(options)} is a TypeError`, async () => {
       expect(await rejection(NbdClient.connect(options as ClientOptions))).toBeInstanceOf(TypeError);

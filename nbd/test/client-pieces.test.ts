@@ -212,6 +212,15 @@ describe('extents()', () => {
     await client.disconnect();
   });
 
+  test('chunkBytes is rounded up to the block size, which the server demands', async () => {
+    const disk = new TestExport('disk', { minimumBlockSize: 4096, preferredBlockSize: 4096 });
+    const client = await opened((await startServer({ exports: [disk] })).path);
+    let end = 0;
+    for await (const { offset, length } of client.extents('base:allocation', { chunkBytes: 1000 }))
+      end = offset + length;
+    expect(end).toBe(client.details?.size);
+  });
+
   test('a signal, a failure, an unknown context and a wrong range end the iteration with their errors', async () => {
     const { path, provider } = await startServer({ exports: [patterned('dd..')] });
     const client = await opened(path);

@@ -68,7 +68,7 @@ function optionReply(option: number, type: number, data: Buffer = Buffer.alloc(0
  */
 async function fakeServer(
   behave: (peer: RawClient) => Promise<void>,
-  { refused = [], id = 7, flags = 0x1001 }: { refused?: readonly number[]; id?: number; flags?: number } = {},
+  { refused = [], id = 7, flags = 0x1085 }: { refused?: readonly number[]; id?: number; flags?: number } = {},
 ): Promise<string> {
   const path = join(await temporaryDirectory(), 'fake.sock');
   const failures: unknown[] = [];
@@ -153,6 +153,25 @@ describe('negotiation', () => {
     expect(client.contexts).toEqual([CHANGED]);
     expect((await failureOf(client.blockStatus(ALLOCATION_CONTEXT, 0, 4096))).code).toBe('UNSUPPORTED');
     client.destroy();
+  });
+
+  test('a selection that was refused is none: go() selects base:allocation', async () => {
+    const { path } = await startServer();
+    const client = await NbdClient.connect({ path });
+    onTestFinished(() => client.destroy());
+    await client.selectContexts('disk', []);
+    expect((await failureOf(client.selectContexts('missing', ['base:allocation']))).code).toBe('UNKNOWN_EXPORT');
+    await client.go('disk');
+    expect(client.contexts).toEqual(['base:allocation']);
+  });
+
+  test('no contexts can be selected of any server, also of one that has none', async () => {
+    const path = await fakeServer(() => Promise.resolve(), { refused: [OPT.SET_META_CONTEXT] });
+    const client = await NbdClient.connect({ path });
+    onTestFinished(() => client.destroy());
+    expect(await client.selectContexts('disk', [])).toEqual([]);
+    await client.go('disk');
+    expect(client.contexts).toEqual([]);
   });
 
   test('an answer to an option that never ends fails', async () => {

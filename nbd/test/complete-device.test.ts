@@ -1,5 +1,6 @@
 /** The small interface of a device, completed: what it announces, FUA by flush, zeros by write, and counts of bytes. */
 
+import { setImmediate } from 'node:timers/promises';
 import { expect, test } from 'vitest';
 import { completeDevice, DeviceError, type Device } from '../src/index.js';
 import { readShortfall, writeShortfall } from '../src/transferred.js';
@@ -58,6 +59,34 @@ test('zeros are written in pieces, and flushed for FUA', async () => {
   await expect(completeDevice(device).zero(0, 1, { ...NO_MODE, fastZero: true })).rejects.toMatchObject({
     code: 'ENOTSUP',
   });
+});
+
+test('while zeros are written the event loop turns, and an abort ends it', async () => {
+  let pieces = 0;
+  const write = (): void => {
+    pieces++;
+    // As long as a device in memory needs for a piece.
+    for (const end = performance.now() + 1; performance.now() < end;);
+  };
+  const stop = new AbortController();
+  const device = completeDevice(noting({ size: 2 ** 30, write }).device);
+  const zeroing = Promise.allSettled(
+    Array.from({ length: 10 }, () => device.zero(0, 2 ** 30, NO_MODE, stop.signal) as Promise<void>),
+  );
+  await setImmediate();
+  stop.abort(new Error('the client is gone'));
+  for (const zeroed of await zeroing) expect(zeroed).toMatchObject({ reason: { message: 'the client is gone' } });
+  expect(pieces).toBeLessThan(100);
+});
+
+test('zeros stay zeros if the device writes into what it was given', async () => {
+  const written: number[] = [];
+  const write = (_: number, data: Buffer): void => {
+    written.push(data.findIndex((byte) => byte !== 0));
+    data.fill(1);
+  };
+  await completeDevice(noting({ write }).device).zero(0, 2 ** 20 * 3 - 1, NO_MODE);
+  expect(written).toEqual([-1, -1, -1]);
 });
 
 test('zeros and writes with FUA fail if the device says that it has written less', async () => {

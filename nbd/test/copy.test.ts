@@ -144,6 +144,63 @@ describe('between devices', () => {
     expect(most).toBe(5);
   });
 
+  test('a request may be as large as the source, or larger', async () => {
+    const source = new Ram(patterned(300 * KIB + 7));
+    for (const requestBytes of [Infinity, 2 ** 50, 300 * KIB + 7]) {
+      const target = new Ram(Buffer.alloc(source.disk.length, 0xee));
+      const { copied, zeroed, total } = await copy(source.device, target.device, { requestBytes });
+      expect(copied + zeroed).toBe(total);
+      expect(target.disk.equals(source.disk)).toBe(true);
+    }
+  });
+
+  const CARELESS: [what: string, extents: readonly (readonly [number, number, number])[]][] = [
+    ['a gap', [[0, 4096, STATE_ZERO], [8192, 4096, STATE_ZERO]]], // prettier-ignore
+    ['only its holes', [[8192, 4096, STATE_ZERO]]],
+    ['what it has reported before', [[0, 8192, 0], [4096, 4096, STATE_ZERO]]], // prettier-ignore
+    ['no length', [[0, NaN, STATE_ZERO]]],
+    ['a negative length', [[0, -1, STATE_ZERO]]],
+    ['nothing', []],
+  ];
+  for (const [what, extents] of CARELESS) {
+    test(`a device that reports ${what} as extents loses no data`, async () => {
+      const disk = Buffer.alloc(16 * KIB, 'data');
+      disk.fill(0, 0, 4096);
+      // It reports the same whatever it is asked for.
+      const source = new Ram(disk, {
+        extents: (_context, _offset, _length, sink) => {
+          for (const [offset, length, flags] of extents) sink(offset, length, flags);
+        },
+      });
+      const target = new Ram(Buffer.alloc(disk.length, 0xee));
+      const failure = await copy(source.device, target.device).then(
+        () => undefined,
+        (error: unknown) => error,
+      );
+      if (failure === undefined) expect(target.disk.equals(disk)).toBe(true);
+      else
+        expect(failure).toMatchObject({
+          code: 'EIO',
+          message: expect.stringMatching(/^the device reported /) as string,
+        });
+    });
+  }
+
+  test('a device whose geometry is nonsense is refused, and not taken for an empty one', async () => {
+    const target = new Ram(Buffer.alloc(MIB));
+    const wrong: object[] = [{ size: NaN }, { size: '4096' }, { size: -1 }, { size: 0.5 }, { minimumBlockSize: NaN }];
+    for (const more of wrong) {
+      const source = { ...new Ram(Buffer.alloc(4096)).device, ...more };
+      await expect(copy(source, target.device)).rejects.toBeInstanceOf(TypeError);
+    }
+    const { device } = new Ram(Buffer.alloc(4096));
+    await expect(copy(device, target.device, null as never)).rejects.toThrow('the options of copy() must be an object');
+    await expect(copy(device, target.device, { onProgress: 5 as never })).rejects.toThrow(
+      'onProgress must be a function',
+    );
+    expect(target.calls).toEqual([]);
+  });
+
   test('a failure, a short read or a throwing onProgress fails the copy, once nothing is in flight', async () => {
     let unfinished = 0;
     const slow = new Ram(Buffer.alloc(4 * MIB, 1), {

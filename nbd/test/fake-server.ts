@@ -73,7 +73,10 @@ export async function refuseUpTo(peer: RawClient, wanted: number): Promise<void>
   }
 }
 
-/** What the server announces; by default an export of DISK_SIZE with the flag HAS_FLAGS only. */
+/** All that a client may use: without READ_ONLY, ROTATIONAL and CAN_MULTI_CONN. */
+const ALL_FLAGS = 1 | 4 | 8 | 32 | 64 | 128 | 1024 | 2048;
+
+/** What the server announces; by default an export of DISK_SIZE that can everything. */
 export interface Announced {
   readonly size?: number;
   readonly flags?: number;
@@ -86,7 +89,7 @@ export async function letIn(peer: RawClient, announced: Announced = {}): Promise
   peer.send(GREETING);
   await peer.read(4);
   await refuseUpTo(peer, OPT.GO);
-  const { size = DISK_SIZE, flags = 1, blockSizes } = announced;
+  const { size = DISK_SIZE, flags = ALL_FLAGS, blockSizes } = announced;
   const infos = [Buffer.concat([uint16(0), uint64(size), uint16(flags)])];
   if (blockSizes !== undefined) infos.push(Buffer.concat([uint16(3), ...blockSizes.map(uint32)]));
   peer.send(...infos.map((info) => optionReply(OPT.GO, REP.INFO, info)), optionReply(OPT.GO, REP.ACK));

@@ -300,6 +300,13 @@ test.for([512, 3 * 512, 10 * MIB])('a block device of %i bytes', async (size, { 
   await device.write(0, data, true);
   await device.zero(0, 512, { ...MODE, fua: true });
   data.fill(0, 0, 512);
+  // The system refuses parts of blocks.
+  await expect(device.zero(100, 11, { ...MODE, fastZero: true })).rejects.toMatchObject({ code: 'ENOTSUP' });
+  await device.write(100, Buffer.alloc(300, 1), false);
+  await device.zero(200, 100, MODE);
+  await device.zero(300, 50, { ...MODE, noHole: true });
+  await device.trim(150, 10, false);
+  data.fill(1, 100, 400).fill(0, 200, 350);
   const into = Buffer.alloc(size, 0xaa);
   await device.read(0, into);
   expect(into.equals(data)).toBe(true);

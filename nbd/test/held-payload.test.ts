@@ -39,8 +39,9 @@ test('a payload that has to wait in the middle is written as it was sent', async
         exportKey: 'disk',
       },
       receiveElsewhere: () => undefined,
-    disconnectRequested: () => undefined,
+      disconnectRequested: () => undefined,
       protocolViolated: (reason) => expect.unreachable(reason),
+      disconnect: (reason) => expect.unreachable(reason),
     },
     device,
     {

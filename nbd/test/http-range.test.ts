@@ -77,6 +77,17 @@ test('it is read-only, and asks with the given headers for one byte first', asyn
   for (const { headers } of server.requests) expect(headers['accept-encoding']).toMatch(/^identity(?:, identity)?$/);
 });
 
+test('a user and a password in the URL are sent as authorization, and never told', async () => {
+  const server = await site();
+  const url = server.url.replace('//', '//me:p%C3%A4ss%25@');
+  await opened(url);
+  await opened(url, { headers: { authorization: 'Bearer me' } });
+  const expected = [`Basic ${Buffer.from('me:päss%').toString('base64')}`, 'Bearer me'];
+  expect(server.requests.map(({ headers }) => headers.authorization)).toEqual(expected);
+  server.answer = (_, response) => response.writeHead(403).end();
+  await expect(opened(url)).rejects.toMatchObject({ message: expect.not.stringMatching(/me:|p.*ss%/) as unknown });
+});
+
 test('an empty resource is an empty disk', async () => {
   const server = await site((_, response) => response.writeHead(416, { 'content-range': 'bytes */0' }).end());
   expect((await opened(server.url)).geometry.size).toBe(0);
@@ -111,6 +122,11 @@ const REFUSALS: [string, Answer, RegExp][] = [
     'another range',
     (_, response, [start, end]) => partial(response, [start + 1, end + 1]),
     /asked for 1 bytes at 0, the server sends bytes 1-1/,
+  ],
+  [
+    'a range behind the end',
+    (_, response, range) => partial(response, range, { size: range[1] - 1 }),
+    /asked for 1 bytes at 0, the server sends bytes 0-0\/0/,
   ],
   [
     'compressed bytes',
@@ -229,6 +245,43 @@ test.each([503, 500, 429, 408, 'a broken connection', 'half of the bytes'] as co
     expect(server.requests.length).toBe(7);
   },
 );
+
+test('a server that asks for time gets it, if that is not too long', async () => {
+  const server = await site();
+  const device = await opened(server.url, { timeoutMs: 5000, retries: 1 });
+  let asked = 0;
+  const busy = (after: string): Answer => {
+    asked = performance.now();
+    server.requests.length = 0;
+    return (...args) => {
+      if (server.requests.length > 1) return good(...args);
+      return args[1].writeHead(429, { 'retry-after': after }).end();
+    };
+  };
+  server.answer = busy('1');
+  expect(await bytesAt(device, 100, 50)).toEqual(content.subarray(100, 150));
+  // A timer may be a little early.
+  expect(performance.now() - asked).toBeGreaterThan(990);
+  for (const after of ['Mon, 01 Jan 2024 00:00:00 GMT', 'soon', '-1', '0']) {
+    server.answer = busy(after);
+    expect(await bytesAt(device, 100, 50)).toEqual(content.subarray(100, 150));
+  }
+  for (const after of ['6', new Date(Date.now() + 3_600_000).toUTCString(), '9'.repeat(400)]) {
+    server.answer = busy(after);
+    await expect(bytesAt(device, 100, 50)).rejects.toMatchObject({
+      code: 'EIO',
+      message: /429, to be asked again after/,
+    });
+    expect(server.requests.length).toBe(1);
+  }
+});
+
+test.each(['identity', 'Identity', ''])('the content encoding %j is none', async (encoding) => {
+  const server = await site((_, response, range) =>
+    partial(response, range, { headers: { 'content-encoding': encoding } }),
+  );
+  expect(await bytesAt(await opened(server.url), 7, 50)).toEqual(content.subarray(7, 57));
+});
 
 test.each([
   ['says nothing', (): undefined => undefined],

@@ -153,6 +153,7 @@ async function transmissionOf(exported: TestExport) {
     receiveElsewhere: () => undefined,
     disconnectRequested: () => undefined,
     protocolViolated: (reason: string) => expect.fail(reason),
+    disconnect: (reason: string) => expect.fail(reason),
   };
   const provider = new TestProvider([exported]);
   const { device } = await provider.open('disk', PEER);

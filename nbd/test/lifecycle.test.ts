@@ -1,6 +1,7 @@
 /** Begin and end of connections, listeners and servers. In every case each device is closed exactly once. */
 
 import { fork } from 'node:child_process';
+import { renameSync } from 'node:fs';
 import { lstat, mkdir, readdir, readFile, stat, writeFile } from 'node:fs/promises';
 import net from 'node:net';
 import { join } from 'node:path';
@@ -322,6 +323,14 @@ describe('close()', () => {
     expect(server.serveConnection(duplexPair().server)).toBeUndefined();
   });
 
+  test('a time for drain that is none is refused, and the server goes on', async () => {
+    const { server, path } = await startServer();
+    for (const timeoutMs of [-1, NaN, '5' as unknown as number]) {
+      await expect(server.drain({ timeoutMs })).rejects.toThrow(/timeoutMs must be a number/);
+    }
+    await isServed({ path });
+  });
+
   test('of a server without connections, called twice, resolves twice', async () => {
     const { server } = await startServer();
     await Promise.all([server.close(), server.close()]);
@@ -577,6 +586,20 @@ describe('listening', () => {
     const path = join(directory, 'nbd.sock');
     await server.listen({ path });
     await isServed({ path });
+  });
+
+  test('a socket file whose permissions cannot be set is not listened on', async () => {
+    const path = join(await temporaryDirectory(), 'nbd.sock');
+    const { server } = idleServer();
+    const failing = listenError(server, { path, mode: 0o600 });
+    // It is there already. A second name, by which it can still be reached.
+    const second = `${path}2`;
+    renameSync(path, second);
+    expect((await failing).message).toContain('ENOENT');
+    const refused = await new Promise((resolve) =>
+      net.connect({ path: second }, () => resolve('no')).on('error', resolve),
+    );
+    expect(refused).toMatchObject({ code: 'ECONNREFUSED' });
   });
 
   for (const mode of [0o600, 0o660, 0o666]) {

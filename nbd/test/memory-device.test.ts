@@ -3,6 +3,7 @@
 import { expect, test } from 'vitest';
 import { STATE_HOLE, STATE_ZERO, type CompleteDevice } from '../src/index.js';
 import { memoryDevice } from '../src/devices/memory.js';
+import { readShortfall } from '../src/transferred.js';
 
 const PAGE = 32 * 1024;
 const TIB = 2 ** 40;
@@ -73,6 +74,16 @@ test('more than maxBytes is ENOSPC at the offset where it ends, until pages are 
   expect(device.allocatedBytes).toBe(2 * PAGE);
 });
 
+test('as much as the size is enough for all of the disk', async () => {
+  for (const size of [1, 10_000, PAGE + 1]) {
+    const device = memoryDevice({ size, maxBytes: size });
+    await device.write(0, Buffer.alloc(size, 1), false);
+    const into = Buffer.alloc(1);
+    await device.read(size - 1, into);
+    expect(into[0]).toBe(1);
+  }
+});
+
 test('memory of the caller is read and written in place', async () => {
   const memory = new Uint8Array(10).fill(7);
   const device = memoryDevice(memory.subarray(2, 8));
@@ -80,6 +91,14 @@ test('memory of the caller is read and written in place', async () => {
   await device.write(1, Buffer.from([1, 2]), true);
   await device.zero(4, 2, MODE);
   expect([...memory]).toEqual([7, 7, 7, 1, 2, 7, 0, 0, 7, 7]);
+});
+
+test('memory that the caller has made smaller since is not read as if it were there', () => {
+  const memory = new ArrayBuffer(8192, { maxByteLength: 8192 });
+  const device = memoryDevice(new Uint8Array(memory));
+  memory.resize(4096);
+  const into = Buffer.alloc(512);
+  expect(readShortfall(device.read(4000, into), into)).toBe('read returned 96 for 512 bytes');
 });
 
 test('what is announced for several connections is the choice of the caller', () => {

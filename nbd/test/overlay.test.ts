@@ -1,7 +1,7 @@
 /** The overlay: what hides what is below, what it costs, and changes of one block at once. */
 
 import { expect, test } from 'vitest';
-import { STATE_HOLE, STATE_ZERO, type CompleteDevice } from '../src/index.js';
+import { DeviceError, STATE_HOLE, STATE_ZERO, type CompleteDevice } from '../src/index.js';
 import { memoryDevice } from '../src/devices/memory.js';
 import { overlay } from '../src/filters/overlay.js';
 import { ModelDevice } from './model-device.js';
@@ -89,6 +89,34 @@ test('a bound holds for blocks that are being read, too', async () => {
   gate.open();
   await first;
   expect(device.allocatedBytes).toBe(BLOCK);
+});
+
+test('a bound holds if others take the memory while a block is read', async () => {
+  const gate = new Gate();
+  const device = overlay({ size: 4 * BLOCK, read: () => gate.opened }, { maxBytes: 2 * BLOCK });
+  const part = device.write(1, Buffer.from('a'), false);
+  await device.write(BLOCK, Buffer.alloc(2 * BLOCK), false);
+  gate.open();
+  await expect(part).rejects.toMatchObject({ code: 'ENOSPC', offset: 1 });
+  expect(device.allocatedBytes).toBe(2 * BLOCK);
+});
+
+test('what is full can be trimmed and zeroed', async () => {
+  const device = overlay(memoryDevice(8 * BLOCK), { maxBytes: 2 * BLOCK });
+  await device.write(0, Buffer.alloc(2 * BLOCK, 1), false);
+  expect(() => device.trim(4 * BLOCK, BLOCK, false)).toThrow(expect.objectContaining({ code: 'ENOSPC' }));
+  await device.trim(0, BLOCK, false);
+  await device.zero(0, 2 * BLOCK, MODE);
+  expect(device.allocatedBytes).toBeLessThan(BLOCK);
+});
+
+test('each request that waits for a block that cannot be read is told where its own change ends', async () => {
+  const gate = new Gate();
+  const device = overlay({ size: BLOCK, read: () => gate.opened });
+  const changes = [700, 20].map(async (at) => device.write(at, Buffer.alloc(1000), false));
+  gate.fail(new DeviceError('EIO', 'unreadable', { offset: 900 }));
+  const failed = await Promise.allSettled(changes);
+  expect(failed).toMatchObject([700, 20].map((offset) => ({ reason: { code: 'EIO', message: 'unreadable', offset } })));
 });
 
 test('changes of one block at once, while it is read from below, are all kept', async () => {

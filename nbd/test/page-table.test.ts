@@ -54,6 +54,19 @@ test('a table of few pages far apart is passed over quickly', () => {
   expect(table.firstPresent(0, 2 ** 41)).toBe(2 ** 41);
 });
 
+test('pages far apart cost much less than a page each, also after their neighbours are gone', () => {
+  const table = new PageTable<object>();
+  const page = {};
+  const before = process.memoryUsage().heapUsed;
+  for (let index = 0; index < 10_000 * 1024; index += 1024) {
+    for (let beside = index; beside < index + 1024; beside += 32) table.set(beside, page);
+    table.deleteRange(index + 1, index + 1024);
+  }
+  expect(table.count).toBe(10_000);
+  // 8 KiB each would be 80 MB, and so is what would stay of the neighbours. There may be garbage in it.
+  expect(process.memoryUsage().heapUsed - before).toBeLessThan(50e6);
+});
+
 test('a set of ranges has what was added, in as few ranges as there can be', () => {
   fc.assert(
     fc.property(fc.array(range, { maxLength: 20 }), range, (added, { from, to }) => {

@@ -101,6 +101,59 @@ test('a chain of logical partitions that never ends, and tables that point outsi
   await expect(findPartition(memoryDevice(gpt), 1)).rejects.toMatchObject({ code: 'BAD_TABLE' });
 });
 
+test('a GPT that is damaged, or left over, does not lead to other bytes', async () => {
+  const table = Buffer.alloc(64 * 512);
+  const mbr = (type: number): void => {
+    table.writeUInt8(type, 446 + 4);
+    table.writeUInt32LE(1, 446 + 8);
+    table.writeUInt32LE(63, 446 + 12);
+    table.writeUInt16BE(0x55aa, 510);
+  };
+  table.write('EFI PART', 512);
+  table.writeBigUInt64LE(2n, 512 + 72);
+  table.writeUInt32LE(4, 512 + 80);
+  table.writeUInt32LE(128, 512 + 84);
+  table.writeUInt8(1, 1024);
+  table.writeBigUInt64LE(10n, 1024 + 32);
+  table.writeBigUInt64LE(19n, 1024 + 40);
+  const device = memoryDevice(table);
+  const [ofGpt, ofMbr] = [
+    { offset: 5120, length: 5120 },
+    { offset: 512, length: 63 * 512 },
+  ];
+  expect(await findPartition(device, 1)).toEqual(ofGpt);
+  mbr(0xee);
+  expect(await findPartition(device, 1)).toEqual(ofGpt);
+  // The disk was given an MBR later.
+  mbr(0x83);
+  expect(await findPartition(device, 1)).toEqual(ofMbr);
+  mbr(0xee);
+  table.fill(0, 512, 1024);
+  for (const number of [1, 2, 5]) {
+    await expect(findPartition(device, number)).rejects.toMatchObject({ code: 'BAD_TABLE', message: /may be damaged/ });
+  }
+});
+
+test('the table of a logical partition that was deleted has no number', async () => {
+  const table = Buffer.alloc(32 * 512);
+  const entry = (sector: number, index: number, ...[type, start, sectors]: readonly [number, number, number]): void => {
+    const at = sector * 512 + 446 + 16 * index;
+    table.writeUInt8(type, at + 4);
+    table.writeUInt32LE(start, at + 8);
+    table.writeUInt32LE(sectors, at + 12);
+    table.writeUInt16BE(0x55aa, sector * 512 + 510);
+  };
+  entry(0, 0, 0x05, 2, 30);
+  entry(2, 1, 0x05, 8, 10);
+  entry(10, 0, 0x83, 1, 4);
+  const device = memoryDevice(table);
+  expect(await findPartition(device, 5)).toEqual({ offset: 11 * 512, length: 4 * 512 });
+  await expect(findPartition(device, 6)).rejects.toMatchObject({ code: 'NO_PARTITION' });
+  // A link to itself.
+  entry(2, 1, 0x05, 0, 30);
+  await expect(findPartition(device, 5)).rejects.toMatchObject({ code: 'NO_PARTITION' });
+});
+
 test('errors of the device pass', async () => {
   const device = {
     size: MIB,

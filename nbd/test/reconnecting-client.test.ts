@@ -376,9 +376,18 @@ describe('its end', () => {
     await refused({ reconnect: { maxDelayMs: '1' } }, TypeError);
     await refused({ socket: {} }, TypeError);
     await refused({ exportName: 1 }, TypeError);
+    await refused({ reconnect: null }, TypeError);
+    await refused({ reconnect: { onLost: 5 } }, TypeError);
+    await expect(ReconnectingClient.connect(undefined as never)).rejects.toThrow('the options of connect() must be an');
     const client = await connected(path);
     await expect(client.write(0, 'é' as never)).rejects.toBeInstanceOf(TypeError);
     expect((await failureOf(client.read(DISK_SIZE, 1))).code).toBe('EINVAL');
+  });
+
+  test('no contexts are selected if none are wanted', async () => {
+    const { path } = await Restartable.start();
+    expect((await connected(path)).contexts).toEqual(['base:allocation']);
+    expect((await connected(path, { contexts: [] })).contexts).toEqual([]);
   });
 
   test('an errno of the server that means nothing else is still an answer', async () => {

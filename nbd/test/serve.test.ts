@@ -8,6 +8,7 @@ import type { Readable, Writable } from 'node:stream';
 import { promisify } from 'node:util';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import {
+  createServer,
   ListenError,
   NbdClient,
   NbdServer,
@@ -19,7 +20,10 @@ import {
   type Ending,
   type ListenTarget,
   type ServeOptions,
+  type ServerObserver,
+  type ServerOptions,
 } from '../src/index.js';
+import { strays, turns } from './careless.js';
 import { temporaryDirectory, until } from './test-server.js';
 
 const run = promisify(execFile);
@@ -244,6 +248,24 @@ describe('TLS', () => {
     expect((await started({ port: 0 }, ram(), { tls: { ...PSK, mode: 'on' } })).uri).toMatch(/^nbd:/);
   });
 
+  // A misspelt mode must not mean that clients are served in the clear.
+  const noTls: [string, unknown, RegExp][] = [
+    ['a misspelt mode', { ...PSK, mode: 'required' }, /tls.mode is "required", and must be 'off', 'on' or 'require'/],
+    ['a mode that is true', { ...PSK, mode: true }, /tls.mode is a boolean/],
+    ['no keys', {}, /tls.material is undefined, not a function/],
+    ['keys that are no function', { material: PSK.material() }, /tls.material is an object, not a function/],
+    ['null', null, /tls is null, not an object/],
+  ];
+  for (const [what, given, message] of noTls) {
+    test(`${what} is refused at once`, async () => {
+      const tls = given as NonNullable<ServeOptions['tls']>;
+      await expect(serve(await socketUri(), ram(), { tls })).rejects.toThrow(message);
+      const mode = 'require' as const;
+      const whole = { tls: given === null ? null : { mode, ...tls } } as { readonly tls: ServerOptions['tls'] };
+      expect(() => createServer({ ...whole, exports: () => ram() })).toThrow(message);
+    });
+  }
+
   test('nbdinfo reads the URI', async () => {
     const keys = join(await temporaryDirectory(), 'keys');
     await writeFile(keys, `alice:${KEY.toString('hex')}\n`);
@@ -295,6 +317,42 @@ describe('the end', () => {
     });
     await expect(server.close()).rejects.toThrow('still dirty');
     server.destroy();
+  });
+
+  test('a grace time that is none closes nothing', async () => {
+    const device = ram();
+    const server = await started(await socketUri(), device);
+    for (const graceMs of [-1, NaN, '5' as unknown as number]) {
+      await expect(server.close({ graceMs })).rejects.toThrow(RangeError);
+    }
+    const client = await NbdClient.connect({ uri: server.uri });
+    await client.go('ram');
+    expect((await client.read(0, 512)).length).toBe(512);
+    await client.disconnect();
+    expect(device.endings).toEqual([]);
+    expect(await server.close()).toEqual({ unfinished: [] });
+    await expect(server.close({ graceMs: -1 })).rejects.toThrow(RangeError);
+    expect(device.endings).toEqual(['disconnect']);
+  });
+
+  test('whatever the close of a device throws, destroy reports it', async () => {
+    const uncaught = strays();
+    const reported: unknown[] = [];
+    const observer: ServerObserver = {
+      onError: (error, { source, method, exportName }) => reported.push([error, source, method, exportName]),
+    };
+    for (const thrown of [undefined, null, 7, 'text', {}]) {
+      const close = (): Promise<void> =>
+        new Promise((_, reject) => {
+          // eslint-disable-next-line @typescript-eslint/prefer-promise-reject-errors -- as plain JavaScript may
+          reject(thrown);
+        });
+      const server = await started(await socketUri(), { ...ram(), close }, { observer });
+      server.destroy();
+      await turns();
+      expect(reported.splice(0)).toEqual([[thrown, 'device', 'close', 'ram']]);
+    }
+    expect(uncaught).toEqual([]);
   });
 
   test('destroy closes the device when its last request has finished', async () => {
@@ -394,6 +452,7 @@ describe('refused at once, in one line', () => {
     [{ path: '/tmp/x', port: 1 }, /path and port/],
     [{ path: '' }, /an empty path/],
     [{ path: '/tmp/x', mode: '600' }, /mode "600" is not a number/],
+    [{ path: '\0abstract', mode: 0o600 }, /an abstract one has none/],
     [{ port: '80' }, /port "80": it is not a number from 0 to 65535/],
     [{ port: 70000 }, /port 70000/],
     [{ port: 0, host: '' }, /an empty host/],

@@ -1,7 +1,7 @@
 /** The filters read-only, partition, delay, errors and stats: what the conformance suite does not show. */
 
 import { expect, test, vi } from 'vitest';
-import { DeviceError } from '../src/index.js';
+import { DeviceError, type CompleteDevice } from '../src/index.js';
 import { memoryDevice } from '../src/devices/memory.js';
 import { delay } from '../src/filters/delay.js';
 import { errors, type CandidateRequest } from '../src/filters/error.js';
@@ -134,6 +134,13 @@ test('the requests that fail are chosen by method, by a function, and by both', 
     { method: 'flush', offset: 0, length: 0, count: 1 },
   ]);
   expect(errors(new ModelDevice(content)).isHole).toBeUndefined();
+});
+
+test('methods and codes that do not exist are refused, and a `when` without an answer names nothing', () => {
+  const given = (options: object): CompleteDevice => errors(memoryDevice(512), options);
+  expect(() => given({ code: 'EROFS' })).toThrow(/code EROFS/);
+  expect(() => given({ methods: ['reads'] })).toThrow(/methods: reads/);
+  expect(given({ when: () => undefined }).read(0, Buffer.alloc(1))).toBeUndefined();
 });
 
 test('requests, bytes, errors and durations are counted, at once or later', async () => {

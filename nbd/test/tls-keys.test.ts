@@ -560,7 +560,11 @@ describe('a client', () => {
   ] as const)('with user %j and key %j is refused by itself', async ([user, key, reason]) => {
     const from = await startKeys(() => KEY);
     const psk = { user, key } as { user: string; key: Buffer };
-    expect((await failure(from.connect({ psk }))).message).toMatch(reason);
+    const refused = await from.connect({ psk }).catch((error: unknown) => error);
+    expect(refused).toBeInstanceOf(TypeError);
+    expect((refused as TypeError).message).toMatch(reason);
+    // It is not even connected.
+    expect(from.opens).toEqual([]);
   });
 });
 

@@ -15,6 +15,18 @@ export function checkBytes(value: unknown, what: string): void {
   if (!types.isUint8Array(value)) throw new TypeError(`${what} must be a Uint8Array or Buffer, not ${typeName(value)}`);
 }
 
+export function checkObject(value: unknown, what: string): void {
+  if (typeof value !== 'object' || value === null) {
+    throw new TypeError(`${what} must be an object, not ${typeName(value)}`);
+  }
+}
+
+export function checkFunction(value: unknown, what: string): void {
+  if (value !== undefined && typeof value !== 'function') {
+    throw new TypeError(`${what} must be a function, not ${typeName(value)}`);
+  }
+}
+
 export function checkNumber(value: unknown, what: string): void {
   if (typeof value !== 'number') throw new TypeError(`${what} must be a number, not ${typeName(value)}`);
 }

@@ -1,9 +1,9 @@
 /** Where the client connects to, and how: its options, and what they come to. It connects nothing. */
 
 import type { Duplex } from 'node:stream';
-import type { ClientTls } from '../protocol/tls.js';
+import { checkClientTls, type ClientTls } from '../protocol/tls.js';
 import { parseNbdUri } from '../protocol/uri.js';
-import { checkBytes, checkedMs, checkSignal, typeName } from './argument-checks.js';
+import { checkBytes, checkedMs, checkObject, checkSignal, typeName } from './argument-checks.js';
 import type { ReplyLevel } from './reply-reader.js';
 
 /** How long connect() may take by default, milliseconds. */
@@ -70,9 +70,8 @@ const LEVELS: readonly unknown[] = [undefined, 'simple', 'structured', 'extended
 
 /** Errors: TypeError, RangeError. */
 export function checkClientOptions(options: ClientOptions): CheckedOptions {
-  if (typeof options !== 'object' || (options as unknown) === null) {
-    throw new TypeError(`the options of connect() must be an object, not ${typeName(options)}`);
-  }
+  checkObject(options, 'the options of connect()');
+  if (options.tls !== undefined) checkClientTls(options.tls);
   if (!LEVELS.includes(options.replies)) {
     throw new TypeError(`replies must be 'simple', 'structured' or 'extended', not ${String(options.replies)}`);
   }

@@ -12,6 +12,10 @@ export { NbdClientError, type NbdClientErrorCode } from './client-error.js';
 export type { ExportDetails } from './export-details.js';
 export type { Extent, ReplyLevel } from './reply-reader.js';
 export type { ChangedRange, StatusOptions } from './status-iteration.js';
+export type { ClientTls } from '../protocol/tls.js';
 export { formatNbdUri, parseNbdUri } from '../protocol/uri.js';
+export type { NbdUri, NbdUriParts } from '../protocol/uri.js';
+export { ALLOCATION_CONTEXT, STATE_HOLE, STATE_ZERO } from '../block-device.js';
+export type { ExportInfo } from '../block-device.js';
 /** The longest payload that every server takes. */
 export { MAX_PAYLOAD } from '../protocol/wire.js';

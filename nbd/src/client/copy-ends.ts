@@ -3,7 +3,7 @@
  * between them; what is copied, and in which order, is not its business.
  */
 
-import { ALLOCATION_CONTEXT } from '../block-device.js';
+import { ALLOCATION_CONTEXT, type Geometry } from '../block-device.js';
 import { completeDevice, type AnyDevice } from '../device.js';
 import { readShortfall, writeShortfall } from '../transferred.js';
 import { typeName } from './argument-checks.js';
@@ -53,7 +53,7 @@ export function copyEnd(given: CopyClient | AnyDevice, which: string): CopyEnd {
   if (typeof (given as Partial<AnyDevice>).read !== 'function') {
     throw new TypeError(`${which} of a copy must be an open client or a device: it has no method read`);
   }
-  return deviceEnd(given);
+  return deviceEnd(given, which);
 }
 
 function clientEnd(client: CopyClient, which: string): CopyEnd {
@@ -74,9 +74,10 @@ function clientEnd(client: CopyClient, which: string): CopyEnd {
   };
 }
 
-function deviceEnd(given: AnyDevice): CopyEnd {
+function deviceEnd(given: AnyDevice, which: string): CopyEnd {
   const device = completeDevice(given);
   const { geometry } = device;
+  refuseGeometry(geometry, which);
   const mode = { fua: false, noHole: false, fastZero: false };
   return {
     size: geometry.size,
@@ -109,14 +110,42 @@ function statusOf(device: ReturnType<typeof completeDevice>, signal: AbortSignal
     async blockStatus(context, offset, length) {
       const found: Extent[] = [];
       const end = offset + length;
+      let reached = offset;
+      let breach: string | undefined;
       const sink = (at: number, count: number, flags: number): boolean => {
-        found.push({ offset: at, length: Math.min(count, end - at), flags });
-        return found.length < EXTENTS_AT_ONCE && at + count < end;
+        if (reached === end) return false;
+        if (at !== reached || !(count > 0) || !Number.isSafeInteger(flags)) {
+          breach ??= `${count} bytes at ${at} with flags ${flags}, expected was an extent at ${reached}`;
+          reached = end;
+          return false;
+        }
+        if (found.length === EXTENTS_AT_ONCE) return false;
+        const counted = Math.min(count, end - at);
+        found.push({ offset: at, length: counted, flags });
+        reached += counted;
+        return reached < end;
       };
       await device.extents(context, offset, length, sink, signal);
+      // It gets no more: what it reports later counts for nothing.
+      reached = end;
+      // Those before the first mistake are used, as the server does.
+      if (found.length === 0) {
+        throw new NbdClientError('EIO', `the device reported ${breach ?? 'no extent'} (extents of ${context})`);
+      }
       return found;
     },
   };
+}
+
+/** The plan is made from these: with a size of NaN nothing would be copied, and no error be seen. */
+function refuseGeometry({ size, minimumBlockSize: block }: Geometry, which: string): void {
+  if (!Number.isSafeInteger(size) || size < 0) {
+    const found = typeof size === 'number' ? String(size) : typeName(size);
+    throw new TypeError(`the size of ${which} of a copy must be a whole number from 0 to 2^53-1, not ${found}`);
+  }
+  if (!Number.isInteger(block) || block < 1 || (block & (block - 1)) !== 0) {
+    throw new TypeError(`minimumBlockSize of ${which} of a copy must be a power of two, not ${String(block)}`);
+  }
 }
 
 function refuseShortfall(shortfall: string | undefined, what: string): void {

@@ -6,7 +6,7 @@
 import { STATE_ZERO } from '../block-device.js';
 import type { AnyDevice } from '../device.js';
 import { abortError, offAbort, onAbort } from './aborting.js';
-import { checkedCount, checkSignal } from './argument-checks.js';
+import { checkedCount, checkFunction, checkObject, checkSignal } from './argument-checks.js';
 import { NbdClientError } from './client-error.js';
 import { copyEnd, type CopyClient, type CopyEnd } from './copy-ends.js';
 import type { Extent } from './reply-reader.js';
@@ -30,7 +30,7 @@ export interface CopyProgress {
 export interface CopyOptions {
   /** Requests in flight at each end; by default 8. Memory: `parallel` times `requestBytes`. */
   readonly parallel?: number;
-  /** The size of a request, bytes; by default 1 MiB. It is rounded up to the block size of both ends. */
+  /** The size of a request, bytes; by default 1 MiB. It is rounded up to the block size of both ends, and not more than the source. */
   readonly requestBytes?: number;
   /** The destination reads as zeros: nothing is sent for ranges that are zeros at the source. */
   readonly destinationIsZero?: boolean;
@@ -54,18 +54,22 @@ interface Piece {
  * a larger destination has beyond the source's size stays as it is. When the promise settles nothing is in flight any more.
  *
  * Errors: those of either end; NbdClientError ENOSPC (the destination is smaller), EPERM (it is read-only), EIO (a device
- * transferred less than it was asked to), ABORTED; TypeError, RangeError.
+ * transferred less than it was asked to, or reports no extents in order), ABORTED; TypeError, RangeError.
  */
 export async function copy(
   from: CopyClient | AnyDevice,
   to: CopyClient | AnyDevice,
   options: CopyOptions = {},
 ): Promise<CopyProgress> {
+  checkObject(options, 'the options of copy()');
+  checkFunction(options.onProgress, 'onProgress');
   const source = copyEnd(from, 'the source');
   const target = copyEnd(to, 'the destination');
   const parallel = checkedCount(options.parallel, 'parallel', DEFAULT_PARALLEL);
   const wanted = checkedCount(options.requestBytes, 'requestBytes', DEFAULT_REQUEST_BYTES);
   checkSignal(options.signal);
+  if (!Number.isSafeInteger(source.size))
+    throw new NbdClientError('EOVERFLOW', 'copy: the source has more than 2^53 bytes');
   if (target.readOnly) throw new NbdClientError('EPERM', 'copy: the destination is read-only');
   if (source.size > target.size) {
     const sizes = `the source has ${source.size} bytes, the destination ${target.size}`;
@@ -73,7 +77,7 @@ export async function copy(
   }
   // Powers of two: the larger one is a multiple of the smaller one.
   const block = Math.max(source.blockSize, target.blockSize);
-  const requestBytes = Math.ceil(wanted / block) * block;
+  const requestBytes = Math.ceil(Math.min(wanted, Math.max(source.size, 1)) / block) * block;
   return new Copy(source, target, { ...options, parallel, requestBytes }, block).run();
 }
 

@@ -10,11 +10,19 @@ import type { ExportInfo } from '../block-device.js';
 import { connectTls, type ClientTls } from '../protocol/tls.js';
 import { CMD, CMD_FLAG, MAX_PAYLOAD, OPT, writeUInt64 } from '../protocol/wire.js';
 import { abortError, offAbort, onAbort, unlessAborted } from './aborting.js';
-import { asError, checkBytes, checkNumber, checkSignal, checkText, checkTexts } from './argument-checks.js';
+import {
+  asError,
+  checkBytes,
+  checkNumber,
+  checkObject,
+  checkSignal,
+  checkText,
+  checkTexts,
+} from './argument-checks.js';
 import { NbdClientError } from './client-error.js';
 import { checkClientOptions, type CheckedOptions, type ClientOptions } from './client-options.js';
 import { connectSocket } from './connect-socket.js';
-import type { ExportDetails } from './export-details.js';
+import { requestProblem, type ExportDetails } from './export-details.js';
 import { OptionPhase, type EndConnection } from './option-phase.js';
 import type { Extent, ReplyLevel } from './reply-reader.js';
 import { describe, RequestChannel, type Asked } from './request-channel.js';
@@ -199,22 +207,29 @@ export class NbdClient {
     return this.#details;
   }
 
-  /** The meta contexts of an export, or those that match a query (NBD_OPT_LIST_META_CONTEXT). */
-  listContexts(exportName: string, queries: readonly string[] = [], options?: CallOptions): Promise<string[]> {
-    return this.#ask(
-      'listContexts()',
-      options,
-      () => this.#options.listContexts(exportName, queries),
-      exportName,
-      queries,
-    );
+  /**
+   * The meta contexts of an export, by default the one of the URI or '', or those that match a query
+   * (NBD_OPT_LIST_META_CONTEXT).
+   */
+  listContexts(
+    exportName = this.exportName,
+    queries: readonly string[] = [],
+    options?: CallOptions,
+  ): Promise<string[]> {
+    const list = (): Promise<string[]> => this.#options.listContexts(exportName, queries);
+    return this.#ask('listContexts()', options, list, exportName, queries);
   }
 
   /**
-   * Select meta contexts for an export that is opened next; replaces an earlier selection.
+   * Select meta contexts for an export that is opened next; replaces an earlier selection, also if it fails. Without any
+   * `names` none is selected.
    * @returns those that the export has
    */
-  selectContexts(exportName: string, names: readonly string[], options?: CallOptions): Promise<readonly string[]> {
+  selectContexts(
+    exportName = this.exportName,
+    names: readonly string[],
+    options?: CallOptions,
+  ): Promise<readonly string[]> {
     const select = async (): Promise<readonly string[]> => {
       await this.#options.selectContexts(exportName, names);
       return this.contexts;
@@ -251,6 +266,7 @@ export class NbdClient {
     contexts: readonly string[] = [],
     onEarlyEnd?: () => void,
   ): Promise<T> {
+    if (options !== undefined) checkObject(options, `the options of ${what}`);
     const signal = options?.signal;
     checkSignal(signal);
     checkText(exportName, 'the name of the export');
@@ -282,9 +298,10 @@ export class NbdClient {
 
   /** `length` bytes at `offset`. More than the server's `maximumPayload` are read in several requests. */
   async read(offset: number, length: number, options?: ReadOptions): Promise<Buffer> {
-    this.#check(CMD.READ, offset, length, options);
+    const flags = options?.df ? CMD_FLAG.DF : 0;
+    this.#check(CMD.READ, flags, offset, length, options);
     const into = this.#allocate(length);
-    await this.#readInto(offset, into, options);
+    await this.#readInto(offset, into, flags, options);
     return into;
   }
 
@@ -292,15 +309,15 @@ export class NbdClient {
   readInto(offset: number, into: Uint8Array, options?: ReadOptions): Promise<void> {
     try {
       checkBytes(into, 'into');
-      this.#check(CMD.READ, offset, into.length, options);
-      return this.#readInto(offset, into, options);
+      const flags = options?.df ? CMD_FLAG.DF : 0;
+      this.#check(CMD.READ, flags, offset, into.length, options);
+      return this.#readInto(offset, into, flags, options);
     } catch (error) {
       return Promise.reject(asError(error));
     }
   }
 
-  #readInto(offset: number, into: Uint8Array, options: ReadOptions | undefined): Promise<void> {
-    const flags = options?.df ? CMD_FLAG.DF : 0;
+  #readInto(offset: number, into: Uint8Array, flags: number, options: ReadOptions | undefined): Promise<void> {
     const { length } = into;
     const onHole = options?.onHole;
     const signal = options?.signal;
@@ -325,8 +342,8 @@ export class NbdClient {
     try {
       checkBytes(data, 'data');
       const { length } = data;
-      this.#check(CMD.WRITE, offset, length, options);
       const flags = options?.fua ? CMD_FLAG.FUA : 0;
+      this.#check(CMD.WRITE, flags, offset, length, options);
       const signal = options?.signal;
       if (length <= this.#pieceBytes) return this.#send({ type: CMD.WRITE, flags, offset, length }, signal, data);
       return this.#sendPayload(length, (at, count) => {
@@ -354,7 +371,7 @@ export class NbdClient {
 
   /** Make all writes durable that were answered before. */
   async flush(options?: CallOptions): Promise<void> {
-    this.#check(CMD.FLUSH, 0, 0, options);
+    this.#check(CMD.FLUSH, 0, 0, 0, options);
     await this.#send({ type: CMD.FLUSH, flags: 0, offset: 0, length: 0 }, options?.signal);
   }
 
@@ -370,7 +387,8 @@ export class NbdClient {
    */
   async blockStatus(context: string, offset: number, length: number, options?: BlockStatusOptions): Promise<Extent[]> {
     checkText(context, 'the meta context');
-    this.#check(CMD.BLOCK_STATUS, offset, length, options);
+    const flags = options?.one ? CMD_FLAG.REQ_ONE : 0;
+    this.#check(CMD.BLOCK_STATUS, flags, offset, length, options);
     const { contextIds, canFilterContexts, level } = this.#options;
     const wanted = contextIds.get(context);
     if (wanted === undefined) {
@@ -382,7 +400,7 @@ export class NbdClient {
     };
     const asked = {
       type: CMD.BLOCK_STATUS,
-      flags: options?.one ? CMD_FLAG.REQ_ONE : 0,
+      flags,
       offset,
       length: level === 'extended' ? length : Math.min(length, RANGE_PIECE_BYTES),
       onExtents,
@@ -512,7 +530,8 @@ export class NbdClient {
    * Errors: TypeError; NbdClientError with the code that proto.md has for the server ("Error values"), or the reason why the
    * connection is over.
    */
-  #check(type: number, offset: number, length: number, options: CallOptions | undefined): void {
+  #check(type: number, flags: number, offset: number, length: number, options: CallOptions | undefined): void {
+    if (options !== undefined) checkObject(options, 'the options of a call');
     const signal = options?.signal;
     if (signal !== undefined) checkSignal(signal);
     checkNumber(offset, 'offset');
@@ -530,6 +549,8 @@ export class NbdClient {
     if (isChange && details.readOnly) {
       throw new NbdClientError('EPERM', `${describe(type, offset, length)}: the export is read-only`);
     }
+    const problem = requestProblem(type, flags, length, details);
+    if (problem !== undefined) throw new NbdClientError('EINVAL', `${describe(type, offset, length)}: ${problem}`);
     // Never offset + length: the sum may be larger than a number can hold exactly.
     if (length > details.size || offset > details.size - length) {
       const code = type === CMD.WRITE || type === CMD.WRITE_ZEROES ? 'ENOSPC' : 'EINVAL';
@@ -543,7 +564,7 @@ export class NbdClient {
 
   /** A request without data, of any length: split into several if its header has only 32 bits for the length. */
   async #sendRange(type: number, flags: number, offset: number, length: number, options: CallOptions | undefined) {
-    this.#check(type, offset, length, options);
+    this.#check(type, flags, offset, length, options);
     const signal = options?.signal;
     // Servers limit what one CACHE may ask for, whatever its header could.
     const isWhole = this.#options.level === 'extended' && type !== CMD.CACHE;

@@ -188,8 +188,12 @@ export class OptionPhase {
 
   async selectContexts(exportName: string, names: readonly string[]): Promise<void> {
     await this.#negotiateReplies();
+    // None before and none now: there is nothing to ask for, and a server that has no contexts would refuse it.
+    const isNoChange = names.length === 0 && this.contextIds.size === 0;
     this.contextIds.clear();
-    const replies = await this.ask(OPT.SET_META_CONTEXT, encodeMetaQueries(exportName, names));
+    // If the server refuses, nothing is selected for any export.
+    this.#contextExport = undefined;
+    const replies = isNoChange ? [] : await this.ask(OPT.SET_META_CONTEXT, encodeMetaQueries(exportName, names));
     for (const { id, name } of this.#metaContexts(replies)) {
       if (new Set(this.contextIds.values()).has(id)) throw this.#violated('two meta contexts with the same id');
       // Also contexts that were not queried: block statuses will be answered for them.

@@ -12,7 +12,16 @@
  */
 
 import { abortError, unlessAborted } from './aborting.js';
-import { asError, checkedCount, checkedMs, checkSignal, checkText, checkTexts } from './argument-checks.js';
+import {
+  asError,
+  checkedCount,
+  checkedMs,
+  checkFunction,
+  checkObject,
+  checkSignal,
+  checkText,
+  checkTexts,
+} from './argument-checks.js';
 import { NbdClientError } from './client-error.js';
 import type { ConnectionOptions, ServerAddress } from './client-options.js';
 import type { ExportDetails } from './export-details.js';
@@ -50,7 +59,7 @@ export type ReconnectingClientOptions = Exclude<ServerAddress, { readonly socket
   ConnectionOptions & {
     /** By default the one of the URI, or ''. */
     readonly exportName?: string;
-    /** Meta contexts to be selected; by default `base:allocation`, if the server has it. */
+    /** Meta contexts to be selected, `[]` for none; by default `base:allocation`, if the server has it. */
     readonly contexts?: readonly string[];
     /** How to reconnect. */
     readonly reconnect?: ReconnectOptions;
@@ -120,7 +129,11 @@ export class ReconnectingClient {
   readonly closed: Promise<NbdClientError>;
 
   private constructor(options: ReconnectingClientOptions) {
+    checkObject(options, 'the options of connect()');
     const { reconnect = {} } = options;
+    checkObject(reconnect, 'reconnect');
+    checkFunction(reconnect.onLost, 'reconnect.onLost');
+    checkFunction(reconnect.onReconnected, 'reconnect.onReconnected');
     if ('socket' in options) throw new TypeError('a client that reconnects needs an address, and not a socket');
     this.#options = options;
     this.#attempts = checkedCount(reconnect.attempts, 'reconnect.attempts', DEFAULT_ATTEMPTS, 0);
@@ -351,7 +364,7 @@ export class ReconnectingClient {
     const { exportName, contexts } = this.#options;
     const client = await NbdClient.connect({ ...this.#options, signal });
     try {
-      if (contexts !== undefined && contexts.length > 0) {
+      if (contexts !== undefined) {
         await client.selectContexts(exportName ?? client.exportName, contexts, { signal });
       }
       const details = await client.go(exportName, { signal });

@@ -102,8 +102,9 @@ export class RequestChannel {
     const { type, offset, length } = asked;
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
     if (signal?.aborted) return Promise.reject(abortError(describe(type, offset, length), signal));
-    // Extended headers cannot announce an empty payload.
-    if (this.#isExtended && type === CMD.WRITE && length === 0) return Promise.resolve();
+    // Servers differ about requests of nothing ("unspecified"): nbdkit answers a write with ENOSPC. And extended headers cannot
+    // announce an empty payload.
+    if (length === 0 && type !== CMD.FLUSH) return Promise.resolve();
     return new Promise((resolve, reject) => {
       const cookie = this.#takeCookie();
       const hasBody = body !== undefined && body.length > 0;

@@ -21,7 +21,7 @@ export interface StatusOptions {
   readonly length?: number;
   /** Ends the iteration with NbdClientError ABORTED. */
   readonly signal?: AbortSignal;
-  /** The longest range to ask for at once, bytes; by default 2 GiB. */
+  /** The longest range to ask for at once, bytes; by default 2 GiB. It is rounded up to the block size. */
   readonly chunkBytes?: number;
 }
 
@@ -33,7 +33,7 @@ export interface ChangedRange {
 
 /** What the iterators need of a client. */
 export interface StatusSource {
-  readonly details: { readonly size: number } | undefined;
+  readonly details: { readonly size: number; readonly minimumBlockSize: number } | undefined;
   blockStatus(
     context: string,
     offset: number,
@@ -49,7 +49,7 @@ export async function* reportedExtents(
   options: StatusOptions = {},
 ): AsyncGenerator<Extent, void, undefined> {
   const { offset = 0, signal } = options;
-  const chunkBytes = checkedCount(options.chunkBytes, 'chunkBytes', DEFAULT_CHUNK_BYTES);
+  const wantedBytes = checkedCount(options.chunkBytes, 'chunkBytes', DEFAULT_CHUNK_BYTES);
   checkSignal(signal);
   const { details } = source;
   if (details === undefined) throw new NbdClientError('CLOSED', `the extents of ${context}: no export is open`);
@@ -62,6 +62,7 @@ export async function* reportedExtents(
     throw new NbdClientError('EINVAL', `${what}: not a range of the export, which has ${details.size} bytes`);
   }
   const end = offset + length;
+  const chunkBytes = Math.ceil(wantedBytes / details.minimumBlockSize) * details.minimumBlockSize;
   for (let at = offset; at < end;) {
     const before = at;
     for (const extent of await source.blockStatus(context, at, Math.min(chunkBytes, end - at), { signal })) {

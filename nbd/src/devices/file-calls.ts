@@ -13,6 +13,7 @@ const KEEP_SIZE = 0x01;
 const PUNCH_HOLE = 0x02;
 const ZERO_RANGE = 0x10;
 const ENXIO = 6;
+const EINVAL = 22;
 const ENOSYS = 38;
 const EOPNOTSUPP = 95;
 
@@ -54,7 +55,7 @@ export async function reportHoles(
 }
 
 /**
- * Make [offset, offset+length) zeros by fallocate. False: the filesystem cannot. `isKept`: it stays allocated.
+ * Make [offset, offset+length) zeros by fallocate. False: the filesystem cannot, or not this range. `isKept`: it stays allocated.
  * Errors: those of fallocate, as Node's.
  */
 export async function zeroRange(
@@ -65,7 +66,8 @@ export async function zeroRange(
   isKept: boolean,
 ): Promise<boolean> {
   const answer = await fallocate(fd, KEEP_SIZE | (isKept ? ZERO_RANGE : PUNCH_HOLE), offset, length);
-  if (answer === -EOPNOTSUPP || answer === -ENOSYS) return false;
+  // A block device refuses parts of its blocks with EINVAL.
+  if (answer === -EOPNOTSUPP || answer === -ENOSYS || answer === -EINVAL) return false;
   if (answer < 0) throw systemError('fallocate', answer);
   return true;
 }

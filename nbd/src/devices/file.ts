@@ -159,7 +159,7 @@ class FileDevice implements CompleteDevice {
   async trim(offset: number, length: number, fua: boolean): Promise<void> {
     if (this.#fallocate === undefined) throw new DeviceError('ENOTSUP', 'Node cannot make holes in files');
     this.#checkWritable();
-    // A filesystem without holes keeps the data, which a trim allows.
+    // A filesystem without holes keeps the data, and so does a block device for parts of blocks: a trim allows it.
     await zeroRange(this.#fallocate, this.#file.fd, offset, length, false);
     if (fua) await this.#syncs.request();
   }

@@ -23,7 +23,10 @@ export interface HttpRangeOptions {
   readonly timeoutMs?: number;
   /** How often a request is repeated after a broken connection, a time-out, or status 408, 429 or 5xx. Default 2. */
   readonly retries?: number;
-  /** The pause before the first repetition, milliseconds; each further one is twice as long. Default 200. */
+  /**
+   * The pause before the first repetition, milliseconds; each further one is twice as long, and as long as the server asks for
+   * (Retry-After). If that is longer than `timeoutMs`, the read fails at once. Default 200.
+   */
   readonly retryDelayMs?: number;
   /** Requests at once; others wait. Default 8. */
   readonly maxParallel?: number;
@@ -33,8 +36,9 @@ export interface HttpRangeOptions {
 
 /**
  * The resource at `url` as a read-only disk. One request at once finds the size; the server must answer ranges (status 206).
- * Redirections are followed at each request. If the resource changes (ETag, Last-Modified, size) while the device is open, all
- * reads of what is new fail with EIO: a client never gets parts of two versions.
+ * Redirections are followed at each request. A user and password in the URL are sent as Basic authorization. If the resource
+ * changes (ETag, Last-Modified, size) while the device is open, all reads of what is new fail with EIO: a client never gets
+ * parts of two versions.
  *
  * Errors: DeviceError EIO with what the server has answered; a read that fails has the same.
  */
@@ -51,10 +55,18 @@ export async function httpRangeDevice(url: string | URL, options: HttpRangeOptio
     if (!(value >= least && value <= MAX_DELAY_MS))
       throw new RangeError(`${name} ${value} is not from ${least} to 2^31-1`);
   }
+  const headers = new Headers(options.headers);
+  const { username, password } = target;
+  if ((username !== '' || password !== '') && !headers.has('authorization')) {
+    const credentials = `${decodeURIComponent(username)}:${decodeURIComponent(password)}`;
+    headers.set('authorization', `Basic ${Buffer.from(credentials).toString('base64')}`);
+  }
+  // fetch refuses credentials in URLs, with a message that has them.
+  Object.assign(target, { username: '', password: '' });
   const source: Source = {
     url: target.href,
     label: target.origin + target.pathname,
-    headers: new Headers(options.headers),
+    headers,
     fetch: options.fetch ?? fetch,
     timeoutMs,
   };
@@ -69,13 +81,22 @@ export async function httpRangeDevice(url: string | URL, options: HttpRangeOptio
     await slots.take();
     try {
       for (let attempt = 0; ; attempt++) {
+        let pauseMs: number;
         try {
           return await requestRange(source, offset, into, expected, signal);
         } catch (error) {
           if (!(error instanceof TransientFailure)) throw error;
-          if (attempt >= retries) throw new DeviceError('EIO', error.message, { cause: error });
+          const { message, retryAfterMs } = error;
+          const isTooLong = retryAfterMs > timeoutMs;
+          if (attempt >= retries || isTooLong) {
+            const reason = isTooLong
+              ? `${message}, to be asked again after ${Math.ceil(retryAfterMs / 1000)} s`
+              : message;
+            throw new DeviceError('EIO', reason, { cause: error });
+          }
+          pauseMs = Math.max(retryDelayMs * 2 ** attempt, retryAfterMs);
         }
-        await pause(retryDelayMs * 2 ** attempt, signal);
+        await pause(pauseMs, signal);
       }
     } finally {
       slots.give();

@@ -25,7 +25,18 @@ export interface Version {
 }
 
 /** A failure that may be over at the next request. */
-export class TransientFailure extends Error {}
+export class TransientFailure extends Error {
+  /** The server does not want to be asked again sooner (Retry-After), milliseconds. */
+  readonly retryAfterMs: number;
+
+  constructor(
+    message: string,
+    { retryAfterMs = 0, ...options }: ErrorOptions & { readonly retryAfterMs?: number } = {},
+  ) {
+    super(message, options);
+    this.retryAfterMs = retryAfterMs;
+  }
+}
 
 /**
  * Fill `into` with the bytes at `offset`. `expected`: the version that it must be; undefined for the first request, for which a
@@ -125,7 +136,9 @@ function checkedVersion(
     if (expected !== undefined) throw new DeviceError('EIO', changed);
     if (/^bytes \*\/0$/i.test(range)) return { size: 0, etag, lastModified };
   }
-  if (status >= 500 || status === 429 || status === 408) throw new TransientFailure(`${label}: status ${status}`);
+  if (status >= 500 || status === 429 || status === 408) {
+    throw new TransientFailure(`${label}: status ${status}`, { retryAfterMs: retryAfterOf(headers) });
+  }
   if (status === 200) {
     throw new DeviceError('EIO', isOther ? changed : `${label}: the server does not answer ranges, but with all of it`);
   }
@@ -136,14 +149,22 @@ function checkedVersion(
     throw new DeviceError('EIO', `${label}: Content-Range is ${JSON.stringify(range)}; it must have range and size`);
   }
   if (isOther || (expected !== undefined && total !== expected.size)) throw new DeviceError('EIO', changed);
-  if (Number(first) !== offset || Number(last) !== offset + length - 1) {
+  const end = offset + length;
+  if (Number(first) !== offset || Number(last) !== end - 1 || total < end) {
     throw new DeviceError('EIO', `${label}: asked for ${length} bytes at ${offset}, the server sends ${range}`);
   }
   const encoding = headers.get('content-encoding');
-  if (encoding !== null && encoding !== 'identity') {
+  if (encoding !== null && !/^(?:identity)?$/i.test(encoding)) {
     throw new DeviceError('EIO', `${label}: the server sends ${encoding}, a range of which is no range of the data`);
   }
   return { size: total, etag, lastModified };
+}
+
+/** Milliseconds from now, of seconds or a date, by the server's clock; 0 if there is none. */
+function retryAfterOf(headers: Headers): number {
+  const value = headers.get('retry-after') ?? '';
+  const ms = /^\d+$/.test(value) ? Number(value) * 1000 : Date.parse(value) - Date.parse(headers.get('date') ?? '');
+  return ms > 0 ? ms : 0;
 }
 
 /** A 206 need not repeat what If-Range has confirmed. */

@@ -23,7 +23,10 @@ const PAGE_BYTES = 32 * 1024;
 export interface MemoryOptions {
   /** Bytes. */
   readonly size: number;
-  /** Memory that may be used, in bytes; a write that needs more fails with ENOSPC. No limit by default. */
+  /**
+   * Memory that may be used, in bytes; a write that needs more fails with ENOSPC. It is used in pages of 32 KiB; as much as
+   * `size` is always enough. No limit by default.
+   */
   readonly maxBytes?: number;
   /** Announced to clients: true if this one object serves all connections. False by default. */
   readonly multiConn?: boolean;
@@ -54,7 +57,12 @@ function denseMemory(bytes: Uint8Array): MemoryDevice {
     fillsBuffer: true,
     canFua: true,
     canFastZero: true,
-    read: (offset, into) => void into.set(bytes.subarray(offset, offset + into.length)),
+    read: (offset, into) => {
+      const part = bytes.subarray(offset, offset + into.length);
+      into.set(part);
+      // Fewer, if the caller has made its buffer smaller.
+      return part.length;
+    },
     write: (offset, data) => void bytes.set(data, offset),
     zero: (offset, length) => void bytes.fill(0, offset, offset + length),
     flush: () => undefined,
@@ -72,7 +80,8 @@ class SparseMemory implements MemoryDevice {
     if (!Number.isSafeInteger(size) || size < 0)
       throw new RangeError(`size ${size} is not an integer from 0 to 2^53-1`);
     if (!(maxBytes >= 0)) throw new RangeError(`maxBytes ${maxBytes} is not a number of bytes`);
-    this.#maxPages = Math.floor(maxBytes / PAGE_BYTES);
+    // The last page may be longer than the rest of the disk.
+    this.#maxPages = maxBytes >= size ? Infinity : Math.floor(maxBytes / PAGE_BYTES);
     this.geometry = completeGeometry({
       ...{ size, multiConn, canFua: true, canTrim: true, canZero: true, canFastZero: true },
       contexts: [ALLOCATION_CONTEXT],

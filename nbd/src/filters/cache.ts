@@ -45,7 +45,7 @@ interface Change {
 /**
  * `device` with a cache for reads; what was used last is kept. Writes, zeros, trims and flushes go straight to the device:
  * nothing is durable later than it would be without the cache. Data that reaches the device on another way is not noticed. A
- * CACHE request reads the range into the cache.
+ * CACHE request reads the range into the cache. If the blocks of a read cannot be read, it reads what was asked for, alone.
  * Errors: RangeError for `blockSize` or `maxBytes`.
  */
 export function cache(device: AnyDevice, options: CacheOptions = {}): CachedDevice {
@@ -75,11 +75,11 @@ class Cache extends Forwarding implements CachedDevice {
     return this.#blocks.size * this.#blockSize;
   }
 
-  override read(offset: number, into: Buffer): Awaitable<Transferred> {
+  override read(offset: number, into: Buffer, signal?: AbortSignal): Awaitable<Transferred> {
     const end = offset + into.length;
     for (let at = offset; at < end;) {
       const block = this.#use(Math.floor(at / this.#blockSize));
-      if (block === undefined) return this.#readRest(offset, into, at);
+      if (block === undefined) return this.#readRest(offset, into, at, signal);
       const start = at % this.#blockSize;
       at += block.copy(into, at - offset, start, start + end - at);
     }
@@ -110,7 +110,7 @@ class Cache extends Forwarding implements CachedDevice {
   }
 
   /** Loads have no signal: requests of several clients may wait for one. */
-  async #readRest(offset: number, into: Buffer, from: number): Promise<void> {
+  async #readRest(offset: number, into: Buffer, from: number, signal: AbortSignal | undefined): Promise<void> {
     const end = offset + into.length;
     const size = this.#blockSize;
     const loads: Load[] = [];
@@ -126,7 +126,13 @@ class Cache extends Forwarding implements CachedDevice {
       }
     }
     // All of them have ended before the first byte is copied: nothing touches `into` once this has failed.
-    await Promise.all(loads.map(({ ended }) => ended));
+    const ends = await Promise.allSettled(loads.map(({ ended }) => ended));
+    // Blocks are larger than what was asked for, and a load may be for somebody else's request as well: one bad sector must not
+    // make what is beside it unreadable.
+    if (ends.some(({ status }) => status === 'rejected')) {
+      if (this.inner.fillsBuffer !== true) into.fill(0);
+      return readWhole(this.inner, offset, into, signal);
+    }
     for (const load of loads) {
       const at = Math.max(from, load.from * size);
       load.data.copy(into, at - offset, at - load.from * size, end - load.from * size);

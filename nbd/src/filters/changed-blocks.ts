@@ -90,9 +90,14 @@ export class ChangedBlocks {
     return true;
   }
 
-  /** A block that was read to be changed. If it was written or zeroed as a whole meanwhile, that is newer. */
+  /**
+   * A block that was read to be changed. If it was written or zeroed as a whole meanwhile, that is newer. Errors: DeviceError
+   * ENOSPC, if others have taken the memory meanwhile.
+   */
   add(index: number, block: Buffer): void {
-    if (this.#blocks.get(index) === undefined && !this.#zeros.has(index)) this.#blocks.set(index, block);
+    if (this.#blocks.get(index) !== undefined || this.#zeros.has(index)) return;
+    this.reserve(this.blockSize, index * this.blockSize);
+    this.#blocks.set(index, block);
   }
 
   /** The numbers of the blocks that are wholly in [offset, end): [first, last). The last of the disk may be shorter. */
@@ -103,7 +108,8 @@ export class ChangedBlocks {
 
   /** Make the blocks [first, last) zeros. Errors: DeviceError ENOSPC, at `offset`. */
   hide(first: number, last: number, offset: number): void {
-    this.reserve(ZERO_RANGE_BYTES, offset);
+    // A block that goes makes room for more than a range: what is full can be trimmed.
+    if (this.#blocks.firstPresent(first, last) === last) this.reserve(ZERO_RANGE_BYTES, offset);
     this.#blocks.deleteRange(first, last);
     this.#zeros.add(first, last);
   }

@@ -5,6 +5,7 @@
 
 import {
   DeviceError,
+  isDeviceErrorCode,
   type Awaitable,
   type CompleteDevice,
   type DeviceErrorCode,
@@ -17,6 +18,10 @@ import { Forwarding } from './forwarding.js';
 
 /** The methods that can be made to fail. */
 export type FailingMethod = 'read' | 'write' | 'flush' | 'zero' | 'trim' | 'cache' | 'extents';
+
+const METHODS: ReadonlySet<unknown> = new Set<FailingMethod>([
+  ...(['read', 'write', 'flush', 'zero', 'trim', 'cache', 'extents'] as const),
+]);
 
 /** A request before it reaches the device. */
 export interface CandidateRequest {
@@ -44,7 +49,7 @@ export interface FailureOptions {
 
 /**
  * `device` with requests that fail. If reads may fail, holes are read like data, so that every read may.
- * Errors: RangeError if `rate` is not from 0 to 1.
+ * Errors: RangeError if `rate` is not from 0 to 1, or there is no such method or code.
  */
 export function errors(device: AnyDevice, options: FailureOptions = {}): CompleteDevice {
   return new Errors(device, options);
@@ -61,6 +66,10 @@ class Errors extends Forwarding {
   constructor(device: AnyDevice, { rate = 1, when, methods, code = 'EIO', seed = 1 }: FailureOptions) {
     super(device);
     if (!(rate >= 0 && rate <= 1)) throw new RangeError(`rate ${rate} is not a number from 0 to 1`);
+    if (!isDeviceErrorCode(code)) throw new RangeError(`code ${code as string} is not one of DeviceErrorCode`);
+    for (const method of methods ?? []) {
+      if (!METHODS.has(method)) throw new RangeError(`methods: ${method} cannot be made to fail`);
+    }
     this.#rate = rate;
     this.#when = when;
     this.#methods = methods && new Set(methods);
@@ -114,7 +123,7 @@ class Errors extends Forwarding {
   #admit(method: FailingMethod, offset: number, length: number): void {
     if (this.#methods?.has(method) === false) return;
     const count = this.#count++;
-    if (this.#when?.({ method, offset, length, count }) === false) return;
+    if (this.#when !== undefined && !this.#when({ method, offset, length, count })) return;
     if (this.#rate < 1 && this.#random() >= this.#rate) return;
     const where = method === 'flush' ? '' : ` of ${length} bytes at ${offset}`;
     throw new DeviceError(this.#code, `${method}${where} fails for a test`);

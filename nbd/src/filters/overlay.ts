@@ -19,7 +19,10 @@ import { checkBlockSize, Forwarding, isPromise, memoryFor, readWhole } from './f
 
 /** Options of `overlay`. */
 export interface OverlayOptions {
-  /** Memory for changes, in bytes; a change that needs more fails with ENOSPC. No limit by default. */
+  /**
+   * Memory for changes, in bytes; a change that needs more fails with ENOSPC. No limit by default. Each block takes about 1 KiB
+   * more, which is not counted.
+   */
   readonly maxBytes?: number;
   /** The unit of copying, bytes: a power of two from 512 to 32 MiB, at least the device's minimum block size. Default 4096. */
   readonly blockSize?: number;
@@ -134,29 +137,29 @@ class Overlay extends Forwarding implements OverlayDevice {
   }
 
   /** Read a block of the device, to be changed at `offset`. It has no signal: requests of several clients may wait for it. */
-  #load(index: number, offset: number): Promise<void> {
+  async #load(index: number, offset: number): Promise<void> {
     let load = this.#loading.get(index);
     if (load === undefined) {
-      load = this.#loadBlock(index, offset).finally(() => this.#loading.delete(index));
+      load = this.#loadBlock(index).finally(() => this.#loading.delete(index));
       this.#loading.set(index, load);
     }
-    return load;
+    try {
+      await load;
+    } catch (error) {
+      if (!(error instanceof DeviceError)) throw error;
+      // This request has changed nothing of the block, wherever in it the device has failed.
+      throw new DeviceError(error.code, error.message, { cause: error, offset });
+    }
   }
 
-  async #loadBlock(index: number, offset: number): Promise<void> {
+  async #loadBlock(index: number): Promise<void> {
     const { blockSize } = this.#changed;
     const start = index * blockSize;
     // Those that are being read count, too.
-    this.#changed.reserve((this.#loading.size + 1) * blockSize, offset);
+    this.#changed.reserve((this.#loading.size + 1) * blockSize, start);
     const block = memoryFor(this.inner, blockSize);
-    try {
-      const length = Math.min(blockSize, this.geometry.size - start);
-      await readWhole(this.inner, start, block.subarray(0, length), undefined);
-    } catch (error) {
-      if (!(error instanceof DeviceError)) throw error;
-      // Nothing of this block was changed, wherever in it the device has failed.
-      throw new DeviceError(error.code, error.message, { cause: error, offset });
-    }
+    const length = Math.min(blockSize, this.geometry.size - start);
+    await readWhole(this.inner, start, block.subarray(0, length), undefined);
     this.#changed.add(index, block);
   }
 
@@ -188,7 +191,9 @@ class Overlay extends Forwarding implements OverlayDevice {
     const cuttingSink: ExtentSink = (offset, length, flags) => {
       const extentEnd = Math.min(baseEnd, offset + length);
       if (wantsMore && extentEnd > next) {
-        wantsMore = sink(next, extentEnd - next, flags);
+        // One that begins too late stays wrong, for whoever checks it: its flags do not hold for what it leaves out.
+        const begin = Math.max(next, offset);
+        wantsMore = sink(begin, extentEnd - begin, flags);
         next = extentEnd;
       }
       return wantsMore && next < baseEnd;

@@ -12,10 +12,12 @@ const GPT_SECTOR_SIZES = [512, 4096];
 const GPT_HEADER_BYTES = 92;
 const GPT_ENTRY_BYTES = 128;
 const EXTENDED_TYPES = [0x05, 0x0f, 0x85];
+/** The type that a GPT is protected by: an entry of it is no partition. */
+const PROTECTIVE_TYPE = 0xee;
 /** Logical partitions have the numbers from 5 on. A chain of more of them than this is taken for a loop. */
 const MAX_LOGICAL = 256;
 
-/** Why there is no such partition. `NO_TABLE`: no GPT or MBR was found. `BAD_TABLE`: it points outside of the disk. */
+/** Why there is no such partition. `NO_TABLE`: no GPT or MBR was found. `BAD_TABLE`: it is broken, or points outside of the disk. */
 export class PartitionError extends Error {
   constructor(
     readonly code: 'NO_TABLE' | 'BAD_TABLE' | 'NO_PARTITION',
@@ -33,12 +35,17 @@ interface Range {
 
 /**
  * The range, in bytes, of the partition with this number, from 1 on; logical partitions of an MBR begin at 5. For `partition`.
+ * As with Linux, a GPT counts only if the MBR does not have partitions of its own: a disk that was given an MBR later often
+ * still has its old GPT. The copy of the GPT at the end of the disk is not used.
  * Errors: PartitionError; those of the device; RangeError if `number` is not an integer.
  */
 export async function findPartition(device: AnyDevice, number: number): Promise<Range> {
   const disk = completeDevice(device);
   if (!Number.isInteger(number)) throw new RangeError(`${number} is not the number of a partition`);
-  const found = (await gptPartition(disk, number)) ?? (await mbrPartition(disk, number));
+  const table = await mbrAt(disk, 0);
+  const isGptPossible = table === undefined || !isUsed(table) || isProtective(table);
+  const found =
+    (isGptPossible ? await gptPartition(disk, number) : undefined) ?? (await mbrPartition(disk, table, number));
   if (found.offset + found.length > disk.geometry.size) {
     throw new PartitionError(
       'BAD_TABLE',
@@ -71,27 +78,33 @@ async function gptPartition(disk: CompleteDevice, number: number): Promise<Range
   return undefined;
 }
 
-async function mbrPartition(disk: CompleteDevice, number: number): Promise<Range> {
-  const table = await mbrAt(disk, 0);
+/** `table`: the MBR, if there is one. */
+async function mbrPartition(disk: CompleteDevice, table: Buffer | undefined, number: number): Promise<Range> {
   if (table === undefined) throw new PartitionError('NO_TABLE', 'the disk has neither a GPT nor an MBR');
+  if (isProtective(table)) {
+    throw new PartitionError('BAD_TABLE', 'the MBR protects a GPT, which is not after it: it may be damaged');
+  }
   if (number >= 1 && number <= 4) {
     const entry = mbrEntry(table, number - 1);
     if (entry.type === 0 || entry.sectors === 0) throw missing(number, 'MBR');
     return rangeOf(0, entry);
   }
-  const extended = [0, 1, 2, 3].map((at) => mbrEntry(table, at)).find(({ type }) => EXTENDED_TYPES.includes(type));
+  const extended = mbrEntries(table).find(({ type }) => EXTENDED_TYPES.includes(type));
   if (extended === undefined || !(number >= 5 && number < 5 + MAX_LOGICAL)) throw missing(number, 'MBR');
   // Each table has its partition, relative to the table, and the next table, relative to the extended partition.
   let tableSector = extended.start;
-  for (let at = 5; ; at++) {
+  let at = 5;
+  for (let tables = 0; tables < MAX_LOGICAL; tables++) {
     const logical = await mbrAt(disk, tableSector * MBR_SECTOR_BYTES);
     if (logical === undefined) throw new PartitionError('BAD_TABLE', `the table of partition ${at} is not a table`);
     const entry = mbrEntry(logical, 0);
     const next = mbrEntry(logical, 1);
-    if (at === number && entry.sectors > 0) return rangeOf(tableSector, entry);
-    if (at >= number || next.sectors === 0) throw missing(number, 'MBR');
+    // The table of a partition that was deleted may remain as a link: it has no number.
+    if (entry.type !== 0 && entry.sectors > 0 && at++ === number) return rangeOf(tableSector, entry);
+    if (next.sectors === 0) throw missing(number, 'MBR');
     tableSector = extended.start + next.start;
   }
+  throw missing(number, 'MBR');
 }
 
 interface MbrEntry {
@@ -103,6 +116,19 @@ interface MbrEntry {
 function mbrEntry(table: Buffer, index: number): MbrEntry {
   const at = 446 + 16 * index;
   return { type: table.readUInt8(at + 4), start: table.readUInt32LE(at + 8), sectors: table.readUInt32LE(at + 12) };
+}
+
+function mbrEntries(table: Buffer): MbrEntry[] {
+  return [0, 1, 2, 3].map((index) => mbrEntry(table, index));
+}
+
+/** Whether it has partitions, of whatever type. */
+function isUsed(table: Buffer): boolean {
+  return mbrEntries(table).some(({ type, sectors }) => type !== 0 && sectors > 0);
+}
+
+function isProtective(table: Buffer): boolean {
+  return mbrEntries(table).some(({ type }) => type === PROTECTIVE_TYPE);
 }
 
 function rangeOf(tableSector: number, { start, sectors }: MbrEntry): Range {

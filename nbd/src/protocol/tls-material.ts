@@ -46,6 +46,22 @@ export interface ServerTls {
   material(): MaybePromise<TlsMaterial>;
 }
 
+/**
+ * Check what a program has given as ServerTls; `defaultMode` if `mode` may be missing. Errors: TypeError. A misspelt mode must not mean that
+ * clients without TLS are served.
+ */
+export function checkTls(given: unknown, defaultMode?: TlsMode): void {
+  if (typeof given !== 'object' || given === null) throw new TypeError(`tls is ${kindOf(given)}, not an object`);
+  const { mode = defaultMode }: { readonly mode?: unknown } = given;
+  if (mode !== 'off' && mode !== 'on' && mode !== 'require') {
+    const shown = typeof mode === 'string' ? JSON.stringify(mode) : kindOf(mode);
+    throw new TypeError(`tls.mode is ${shown}, and must be 'off', 'on' or 'require'`);
+  }
+  const { material }: { readonly material?: unknown } = given;
+  if (mode === 'off' || typeof material === 'function') return;
+  throw new TypeError(`tls.material is ${kindOf(material)}, not a function that gives the keys`);
+}
+
 type MaybePromise<T> = T | PromiseLike<T>;
 
 /** An error of the program's `material` or `pskKey`. The message names it; `cause` is what it threw. */

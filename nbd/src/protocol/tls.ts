@@ -143,6 +143,46 @@ function handshake(
   });
 }
 
+/**
+ * Whether what a client was given can be used, before it connects: a mistake of the program must not look like one of the
+ * server. Errors: TypeError. Nothing of a key is in the message.
+ */
+export function checkClientTls(options: ClientTls): void {
+  if (typeof options !== 'object' || (options as unknown) === null || Array.isArray(options)) {
+    throw new TypeError(
+      'tls must be an object: {} for the authorities of Node, { authorities }, or { psk: { user, key } }',
+    );
+  }
+  if ('psk' in options) {
+    const psk = options.psk as Partial<(typeof options)['psk']> | null | undefined;
+    checkPsk(psk?.user, psk?.key);
+    return;
+  }
+  const { authorities, certificate, serverName } = options;
+  if (serverName !== undefined && (typeof serverName !== 'string' || serverName === '')) {
+    throw new TypeError('tls.serverName must be a name that is not empty');
+  }
+  checkPem(authorities, 'tls.authorities');
+  if (certificate === undefined) return;
+  const parts: unknown = certificate;
+  const { chain, key } = (parts ?? {}) as { readonly chain?: string | Uint8Array; readonly key?: string | Uint8Array };
+  if (chain === undefined || key === undefined) throw new TypeError('tls.certificate must be { chain, key }, both PEM');
+  checkPem(chain, 'tls.certificate.chain');
+  checkPem(key, 'tls.certificate.key');
+  try {
+    tls.createSecureContext({ cert: asBuffer(chain), key: asBuffer(key) });
+  } catch (error) {
+    throw new TypeError(`tls.certificate cannot be used: ${reasonOf(error as Error)}`, { cause: error });
+  }
+}
+
+function checkPem(value: unknown, what: string): void {
+  if (value === undefined) return;
+  if (!(typeof value === 'string' || value instanceof Uint8Array)) throw new TypeError(`${what} must be PEM`);
+  // Node ignores what is no certificate, and then trusts nobody.
+  if (!Buffer.from(value).includes('-----BEGIN')) throw new TypeError(`${what} has no PEM in it ("-----BEGIN …")`);
+}
+
 /** Client side. Rejects unless the server has proven itself; `socket` is destroyed then. */
 export function connectTls(socket: Duplex, options: ClientTls, host: string): Promise<tls.TLSSocket> {
   const isPsk = 'psk' in options;

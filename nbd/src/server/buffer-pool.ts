@@ -296,6 +296,8 @@ export class BufferPool {
   /** `block` has no users any more. */
   give(block: Block): void {
     const { account, kind } = block;
+    // A device has transferred its memory to somebody else.
+    if (block.buffer.length === 0) block.isLost = true;
     block.used = 0;
     block.pins = 0;
     block.account = undefined;

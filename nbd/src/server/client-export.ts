@@ -20,7 +20,7 @@ import type { GuardedObserver } from './guarded-observer.js';
 import type { Leftovers } from './leftovers.js';
 import { MAX_TIMER_MS, orNever, type Limits } from './limits.js';
 import type { ErrorContext } from './observer.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 
 export interface OpenExport {
   readonly device: AnyDevice;

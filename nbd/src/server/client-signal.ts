@@ -53,13 +53,17 @@ export class ClientSignal {
 
   /**
    * Whether `error` says that work was given up because this signal was aborted: it is the signal's reason, or an AbortError,
-   * or was caused by one.
+   * or was caused by one. Never throws, whatever `error` is.
    */
   isCauseOf(error: unknown): boolean {
     if (this.#reason === undefined) return false;
-    let at = error;
-    for (let depth = 0; depth < MAX_CAUSES && at instanceof Error; depth++, at = at.cause) {
-      if (at.name === 'AbortError') return true;
+    try {
+      let at = error;
+      for (let depth = 0; depth < MAX_CAUSES && at instanceof Error; depth++, at = at.cause) {
+        if (at.name === 'AbortError') return true;
+      }
+    } catch {
+      // A getter or a proxy of the program has thrown.
     }
     return false;
   }

@@ -8,7 +8,7 @@ import type net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
 import type { AnyDevice } from '../device.js';
-import type { ServerTls } from '../protocol/tls-material.js';
+import { checkTls, type ServerTls } from '../protocol/tls-material.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import type { ConnectionOptions, LoopResources } from './connection-options.js';
 import { Connection } from './connection.js';
@@ -64,9 +64,10 @@ export class ConnectionLoop implements ServingLoop {
   /** Sockets that receive in place, until they are served. */
   readonly #prepared = new WeakMap<net.Socket, InPlaceSocket>();
 
-  /** Errors: RangeError (a limit is invalid). */
+  /** Errors: RangeError (a limit is invalid), TypeError (`tls` is not what it must be). */
   constructor(options: ConnectionLoopOptions) {
     const limits = limitsFrom(options.limits);
+    if (options.tls !== undefined) checkTls(options.tls);
     this.#tls = options.tls;
     const provider = options.poisonBuffers === true ? poisoned(options.provider) : options.provider;
     this.#resources = {

@@ -8,12 +8,12 @@
 
 import type { DeviceError, ZeroMode } from '../block-device.js';
 import { CMD, CMD_FLAG, NBD_ERRNO } from '../protocol/wire.js';
-import { readShortfall, writeShortfall } from '../transferred.js';
+import { DETACHED, isDetached, readShortfall, writeShortfall } from '../transferred.js';
 import type { Block } from './buffer-pool.js';
-import type { Failure } from './failure.js';
+import type { Asked, Failure } from './failure.js';
 import { fillsBuffer, type ServedDevice } from './geometry.js';
 import { isChange, TimedRequest, type OverdueRequests } from './overdue-requests.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import type { ReceiveMemory } from './receive-memory.js';
 import type { Addressee } from './reply-encoder.js';
 import type { ReplyQueue } from './reply-queue.js';
@@ -69,6 +69,7 @@ class PendingRequest extends TimedRequest {
 export class Dispatch {
   readonly #spare: PendingRequest[] = [];
 
+  readonly #host: Pick<TransmissionHost, 'disconnect'>;
   readonly #device: ServedDevice;
   readonly #signal: AbortSignal;
   readonly #overdue: OverdueRequests;
@@ -82,7 +83,7 @@ export class Dispatch {
   readonly #statuses: StatusRequests;
 
   constructor(
-    host: Pick<TransmissionHost, 'clientSignal' | 'overdue' | 'exportKey'>,
+    host: Pick<TransmissionHost, 'clientSignal' | 'overdue' | 'exportKey' | 'disconnect'>,
     device: ServedDevice,
     memory: ReceiveMemory,
     inFlight: RequestsInFlight,
@@ -90,6 +91,7 @@ export class Dispatch {
     sparseReads: SparseReads,
     statuses: StatusRequests,
   ) {
+    this.#host = host;
     this.#device = device;
     this.#signal = host.clientSignal.signal;
     this.#overdue = host.overdue;
@@ -149,6 +151,7 @@ export class Dispatch {
         default:
           throw new Error(`dispatch: command ${type} was not refused`);
       }
+      if (isGone(into ?? data, length)) this.#memoryIsGone(request);
       // Nothing, or the number of bytes, is what most devices return.
       if (answer !== undefined && answer !== length) {
         later = promiseOf(answer);
@@ -157,6 +160,7 @@ export class Dispatch {
     } catch (error) {
       const failure = inFlight.failureOf(error, request);
       inFlight.errors++;
+      if (isGone(into ?? data, length)) this.#memoryIsGone(request);
       if (block !== undefined) this.#memory.unpin(block);
       if (into !== undefined) this.#replies.failRead(request, failure);
       else this.#replies.error(request, failure);
@@ -176,6 +180,16 @@ export class Dispatch {
       this.succeed(request);
     }
     if (inFlight.areObserved) inFlight.done(request, startedAt, 0);
+  }
+
+  /**
+   * The device has given the memory of a request away, as postMessage can. It held other requests and replies of this connection
+   * as well: the connection cannot continue.
+   */
+  #memoryIsGone(asked: Asked): void {
+    this.#inFlight.failureOf(new Error(DETACHED), asked);
+    this.#replies.close();
+    this.#host.disconnect(DETACHED);
   }
 
   /** Whether it would change what an overdue request may still change. */
@@ -256,6 +270,7 @@ export class Dispatch {
   finished(pending: PendingRequest, failure: Failure | undefined): void {
     const inFlight = this.#inFlight;
     const { block } = pending;
+    if (block?.buffer.length === 0) this.#memoryIsGone(pending);
     pending.block = undefined;
     pending.into = undefined;
     if (pending.isOverdue) {
@@ -294,6 +309,10 @@ export class Dispatch {
     this.#spare.push(pending);
     inFlight.settled();
   }
+}
+
+function isGone(view: Buffer | undefined, length: number): boolean {
+  return view !== undefined && isDetached(view, length);
 }
 
 /** Errors: Error if the device has transferred less than it was asked to, by what it returned. */

@@ -52,6 +52,13 @@ export class ErrorWarnings {
   };
 }
 
+const unobserved = new ErrorWarnings();
+
+/** Warn of an error that nobody waits for, where there is no observer. */
+export function warnOf(error: unknown, context: ErrorContext): void {
+  unobserved.report(error, context);
+}
+
 function describe(error: unknown, context: ErrorContext): string {
   const { id, peer, exportName, command, offset, length, method, source } = context;
   const range = length === undefined || offset === undefined ? '' : ` of ${length} bytes at ${offset}`;

@@ -27,7 +27,7 @@ import { refusal } from './export-refusal.js';
 import { HandshakeError, type CheckedExport, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
 import { LoopSlice } from './loop-slices.js';
 import { answerMetaContextOption } from './meta-context.js';
-import { awaited } from './promised.js';
+import { awaited } from '../promised.js';
 import { encodeAnswer, negotiatedFor, reply, type Negotiation } from './negotiation.js';
 
 /** Bytes of a list sent at once: few system calls, and little memory for a client that does not read. */

@@ -13,7 +13,7 @@ import type {
   RequestEvent,
   ServerObserver,
 } from './observer.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 
 export class GuardedObserver implements ServerObserver {
   /** Not there if nobody listens: then no event is made. */

@@ -6,7 +6,7 @@
 import { ExportError } from '../block-device.js';
 import { MAX_TIMER_MS, orNever, type Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 
 export class HandshakeClock {
   readonly #limits: Limits;

@@ -112,6 +112,9 @@ function checkedOptions(options: ListenOptions): ListenOptions {
   if (mode !== undefined && !isIntegerUpTo(mode, MAX_MODE)) {
     throw new RangeError(`cannot listen on ${path}: mode ${JSON.stringify(mode)} is not a number from 0 to 0o777`);
   }
+  if (mode !== undefined && path.startsWith('\0')) {
+    throw new TypeError('mode is for the file of a unix socket, and an abstract one has none');
+  }
   return { path: absolute(path), ...(mode !== undefined && { mode }) };
 }
 

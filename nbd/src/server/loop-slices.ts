@@ -1,25 +1,26 @@
 /**
- * Slices of the event loop for handshakes with much work (many options, long lists), so that other connections are hardly
- * delayed. All handshakes together have a fixed time of each turn of the loop. Those that need more wait, and are continued in
- * the next turns in the order in which they came. It owns that order.
+ * Slices of the event loop for long work: handshakes with many options or long lists, zeros that are written. So other
+ * connections are hardly delayed. All work of a kind together has a fixed time of each turn of the loop. What needs more waits,
+ * and is continued in the next turns in the order in which it came. It owns that order.
  */
 
-/** One handshake's part of a turn, milliseconds: a whole turn should stay below 10 ms. */
+/** The part of one handshake, or other work, of a turn, milliseconds: a whole turn should stay below 10 ms. */
 const SLICE_MS = 1;
 /** The part of a turn for work that begins in it, milliseconds; other work in between counts. */
 const TURN_MS = 2;
-/** The part of a turn for handshakes that have waited, milliseconds. */
+/** The part of a turn for work that has waited, milliseconds. */
 const WAITED_MS = 1;
 
-class LoopSlices {
+/** The slices of one kind of work, on one event loop: each thread has its own. */
+export class LoopSlices {
   readonly #waiting: (() => void)[] = [];
   /** performance.now() at the first work of this turn; 0 if there was none yet. */
   #turnBegan = 0;
-  /** The same for handshakes that have waited. */
+  /** The same for work that has waited. */
   #waitedBegan = 0;
   #isTurnOpen = false;
 
-  /** Whether handshakes have used their time in this turn. */
+  /** Whether this kind of work has used its time in this turn. */
   isSpent(now: number): boolean {
     if (this.#turnBegan === 0) {
       this.#turnBegan = now;
@@ -38,7 +39,7 @@ class LoopSlices {
     });
   }
 
-  /** Called before any handshake is resumed: immediates run in the order in which they were requested. */
+  /** Called before any work is resumed: immediates run in the order in which they were requested. */
   #openTurn(): void {
     if (this.#isTurnOpen) return;
     this.#isTurnOpen = true;
@@ -63,21 +64,25 @@ class LoopSlices {
   };
 }
 
-/** One per event loop: each thread has its own. */
-const slices = new LoopSlices();
+const handshakes = new LoopSlices();
 
-/** The slice of one handshake, checked between its steps. */
+/** The slice of one handshake, or of other work, checked between its steps. */
 export class LoopSlice {
+  readonly #slices: LoopSlices;
   #end = performance.now() + SLICE_MS;
+
+  constructor(slices = handshakes) {
+    this.#slices = slices;
+  }
 
   get isOver(): boolean {
     const now = performance.now();
-    return now >= this.#end || slices.isSpent(now);
+    return now >= this.#end || this.#slices.isSpent(now);
   }
 
   /** Resolves when the next one begins. */
   async next(): Promise<void> {
-    await slices.next();
+    await this.#slices.next();
     this.#end = performance.now() + SLICE_MS;
   }
 

@@ -6,8 +6,8 @@
 
 import type { Awaitable, BlockDevice, DeviceGeometry, Ending, ExportProvider, Transferred } from '../block-device.js';
 import { completeDevice, isBlockDevice, type AnyDevice } from '../device.js';
-import { readShortfall, writeShortfall } from '../transferred.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
+import { DETACHED, isDetached, readShortfall, writeShortfall } from '../transferred.js';
 
 /** What overwritten memory reads as: "POISONED", again and again. */
 const POISON = 'POISONED';
@@ -65,6 +65,7 @@ class PoisonedDevice implements BlockDevice {
     return whenSettled(
       () => this.#inner.read(offset, own, signal),
       (result) => {
+        if (isDetached(own, into.length)) throw new Error(DETACHED);
         const shortfall = readShortfall(result, own);
         own.copy(into);
         own.fill(POISON);
@@ -74,12 +75,16 @@ class PoisonedDevice implements BlockDevice {
   }
 
   write(offset: number, data: Buffer, fua: boolean, signal?: AbortSignal): Awaitable<Transferred> {
-    const own = Buffer.from(data);
+    // Not in Node's pool, which cannot be transferred: a device that does so is found.
+    const own = Buffer.alloc(data.length);
+    own.set(data);
+    const { length } = own;
     return whenSettled(
       () => this.#inner.write(offset, own, fua, signal),
       (result) => {
+        if (isDetached(own, length)) throw new Error(DETACHED);
         own.fill(POISON);
-        const shortfall = writeShortfall(result, own.length);
+        const shortfall = writeShortfall(result, length);
         if (shortfall !== undefined) throw new Error(shortfall);
       },
     );

@@ -206,7 +206,9 @@ export class ReplyQueue {
   /** The data of the read just begun are in place. */
   finishRead(cookieHigh: number, cookieLow: number, offset: number): void {
     const block = this.#takeReadBlock();
-    this.#encoder.writeReadHeader(block.buffer, this.#readAt, cookieHigh, cookieLow, offset, this.#readLength);
+    if (!this.#isClosed) {
+      this.#encoder.writeReadHeader(block.buffer, this.#readAt, cookieHigh, cookieLow, offset, this.#readLength);
+    }
     this.unsentBytes += this.#encoder.readHeaderSize + this.#readLength;
     if (block === this.#current) {
       if (block.used - this.#openStart >= FLUSH_AT_BYTES) this.flush();

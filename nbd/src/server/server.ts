@@ -25,7 +25,7 @@ import {
 import { HandOverError, type NegotiatedState } from './negotiated-state.js';
 import { GuardedObserver } from './guarded-observer.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 import { unlessAborted, within } from './timers.js';
@@ -104,7 +104,7 @@ export class NbdServer {
   #whyClosed: 'the server is draining' | 'the server is closed' | undefined;
   #closing: Promise<Unfinished> | undefined;
 
-  /** Errors: RangeError (a limit is invalid, or too little memory for so many loops). */
+  /** Errors: RangeError (a limit is invalid, or too little memory for so many loops), TypeError (`tls` is not what it must be). */
   constructor(options: ServerOptions) {
     const { provider, tls } = options;
     const observer = GuardedObserver.of(options.observer);
@@ -115,7 +115,14 @@ export class NbdServer {
     const offenders = new Offenders(this.#limits.maxViolationDelayMs);
     const { poisonBuffers } = options;
     const limits = this.#limits;
-    this.#here = new ConnectionLoop({ provider, observer, limits, offenders, poisonBuffers, ...(tls && { tls }) });
+    this.#here = new ConnectionLoop({
+      provider,
+      observer,
+      limits,
+      offenders,
+      poisonBuffers,
+      ...(tls !== undefined && { tls }),
+    });
     this.#loops = new Map((options.loops ?? [this.#here]).map((loop) => [loop, 0]));
     const all = this.#allLoops();
     for (const loop of all) loop.shareMemory(this.#limits.maxMemoryBytes / all.length);
@@ -165,10 +172,12 @@ export class NbdServer {
     // So no error event is without a listener; errors of listening reject listen().
     listener.on('error', () => undefined);
     listener.on('connection', (accepted) => this.#accepted(accepted, listener, options));
-    const bound = await bindListener(listener, options);
+    let bound: BoundAddress;
     try {
+      bound = await bindListener(listener, options);
       this.#mustBeOpen();
     } catch (error) {
+      // It may listen already: the permissions of its file come after that.
       listener.close();
       throw error;
     }
@@ -423,20 +432,17 @@ export class NbdServer {
 
   /**
    * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every connection is
-   * over and its device closed. After `graceMs` milliseconds (Infinity: never) the remaining sockets are closed, and the signals
-   * of their devices aborted; devices get one more second. What is `unfinished` then waits for its device; it is also reported
-   * to the observer.
+   * over and its device closed. After `graceMs` milliseconds (by default 10 s; Infinity: never) the remaining sockets are
+   * closed, and the signals of their devices aborted; devices get one more second. What is `unfinished` then waits for its
+   * device; it is also reported to the observer.
    * Errors: RangeError (graceMs is no time), and nothing is closed.
    *
    * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
    * unanswered requests, but report ESHUTDOWN as an I/O error.
    */
-  close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<Unfinished> {
-    const { graceMs = DEFAULT_GRACE_MS, refuse = true } = options;
-    if (typeof graceMs !== 'number' || !(graceMs >= 0)) {
-      return Promise.reject(new RangeError(`graceMs must be a number of milliseconds from 0 on, or Infinity`));
-    }
-    this.#closing ??= this.#shutDown(graceMs, refuse);
+  async close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<Unfinished> {
+    const graceMs = graceOf(options);
+    this.#closing ??= this.#shutDown(graceMs, options.refuse ?? true);
     return this.#closing;
   }
 
@@ -446,11 +452,13 @@ export class NbdServer {
    *
    * Resolves when all connections are over and their devices closed; after `timeoutMs` milliseconds in any case, with those
    * that are left as `unfinished`: they continue to be served.
-   * Errors: the reason of `signal`, if that is aborted before; the server goes on draining.
+   * Errors: the reason of `signal`, if that is aborted before; the server goes on draining. RangeError (timeoutMs is no time), and
+   * it does not begin to.
    */
   async drain(options: { readonly timeoutMs?: number; readonly signal?: AbortSignal } = {}): Promise<Unfinished> {
-    this.#stopListening('the server is draining');
     const { timeoutMs = Infinity, signal } = options;
+    checkTime('timeoutMs', timeoutMs);
+    this.#stopListening('the server is draining');
     if (!(await unlessAborted(within(timeoutMs, this.#allOver()), signal))) return this.#unfinished();
     return this.close();
   }
@@ -520,6 +528,18 @@ export class NbdServer {
     for (const listener of this.#listeners) listener.close();
     this.#listeners.clear();
   }
+}
+
+/** The grace time of `close`, milliseconds. Errors: RangeError. */
+export function graceOf({ graceMs = DEFAULT_GRACE_MS }: { readonly graceMs?: number } = {}): number {
+  checkTime('graceMs', graceMs);
+  return graceMs;
+}
+
+/** Errors: RangeError. */
+function checkTime(name: string, value: unknown): void {
+  if (typeof value === 'number' && value >= 0) return;
+  throw new RangeError(`${name} must be a number of milliseconds from 0 on, or Infinity`);
 }
 
 /** A copy of what a connection says of itself. */

@@ -5,12 +5,12 @@
 
 import { ALLOCATION_CONTEXT, type DeviceError } from '../block-device.js';
 import { CMD, CMD_FLAG } from '../protocol/wire.js';
-import { readShortfall } from '../transferred.js';
+import { DETACHED, isDetached, readShortfall } from '../transferred.js';
 import type { MemoryAccount } from './buffer-pool.js';
 import type { Asked, Failure } from './failure.js';
 import { fillsBuffer, type ServedDevice } from './geometry.js';
 import { TimedRequest } from './overdue-requests.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
 import { addresseeOf, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 import type { ReplyQueue } from './reply-queue.js';
@@ -236,10 +236,13 @@ export class SparseReads {
   }
   /** Errors: what the device fails with; Error if it has read less than it was asked to. */
   async #readPart(offset: number, into: Buffer): Promise<void> {
+    const { length } = into;
     if (this.#clearsFirst) into.fill(0);
     const answer: unknown = this.#device.read(offset, into, this.#host.clientSignal.signal);
     const result = await (promiseOf(answer) ?? answer);
-    if (result === undefined || result === into.length) return;
+    // The block is this read's alone, and is not used again: only the read fails.
+    if (isDetached(into, length)) throw new Error(DETACHED);
+    if (result === undefined || result === length) return;
     const shortfall = readShortfall(result, into);
     if (shortfall !== undefined) throw new Error(shortfall);
   }

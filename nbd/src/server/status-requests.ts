@@ -19,7 +19,7 @@ import type { Failure } from './failure.js';
 import type { ServedDevice } from './geometry.js';
 import { UNITS_PER_LOOK, type LoopTask, type LoopUser } from './loop-share.js';
 import { TimedRequest } from './overdue-requests.js';
-import { promiseOf } from './promised.js';
+import { promiseOf } from '../promised.js';
 import { addresseeOf, type Addressee } from './reply-encoder.js';
 import type { ReplyQueue } from './reply-queue.js';
 import { wantedContexts, type Request, type RequestRules } from './request.js';

@@ -29,4 +29,6 @@ export interface TransmissionHost {
   disconnectRequested(): void;
   /** The client violated the protocol: close now. */
   protocolViolated(reason: string): void;
+  /** Close the socket now, and execute nothing more. */
+  disconnect(reason: string): void;
 }
