@@ -16,6 +16,7 @@ import {
 import { checkedOpened, isThenable, kindOf } from './checked-device.js';
 import type { AnyDevice } from './device.js';
 import { warnOf } from './server/error-warnings.js';
+import { checkOptions } from './server/option-checks.js';
 import { NbdServer, type ServerOptions } from './server/server.js';
 
 /** The connection for which an export is asked. */
@@ -63,6 +64,7 @@ export interface CreateServerOptions extends Omit<ServerOptions, 'provider'> {
  * Errors: TypeError (an option of the wrong type), RangeError (a limit is invalid).
  */
 export function createServer(options: CreateServerOptions): NbdServer {
+  checkOptions('the options of createServer', options);
   const given = (options as { readonly exports?: unknown }).exports;
   if (typeof given !== 'function') {
     throw new TypeError(

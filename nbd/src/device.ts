@@ -16,7 +16,7 @@ import {
   type Transferred,
   type ZeroMode,
 } from './block-device.js';
-import { LoopSlice, LoopSlices } from './server/loop-slices.js';
+import { LoopSlice, LoopSlices } from './loop-slices.js';
 import { awaited } from './promised.js';
 import { writeShortfall } from './transferred.js';
 

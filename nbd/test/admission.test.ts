@@ -10,7 +10,7 @@ import {
   type Limits,
   type PeerCredentials,
 } from '../src/index.js';
-import { LoopSlice } from '../src/server/loop-slices.js';
+import { LoopSlice } from '../src/loop-slices.js';
 import { CMD, GREETING_SIZE, OPT, REP } from '../src/protocol/wire.js';
 import { duplexPair } from './duplex-pair.js';
 import { infoQuery, optionBytes, RawClient, uint32 } from './raw-client.js';

@@ -18,6 +18,7 @@ import {
   type ServerObserver,
 } from '../src/index.js';
 import { OPT, REP } from '../src/protocol/wire.js';
+import { duplexPair } from './duplex-pair.js';
 import { infoQuery, RawClient } from './raw-client.js';
 import { Gate } from './test-device.js';
 import { temporaryDirectory, until } from './test-server.js';
@@ -392,4 +393,23 @@ test('a described device is not kept over the beginning of TLS', async () => {
   expect(asked).toEqual([undefined, 'alice']);
   await server.close();
   expect(disks.events).toEqual(['open a1', 'close a1 disconnect', 'open a2', 'close a2 disconnect']);
+});
+
+test('connections that were given with one peer object do not share what they asked about', async () => {
+  const disks = new Disks();
+  const server = createServer({ exports: disks.open });
+  onTestFinished(() => server.destroy());
+  const peer = { transport: 'internal', address: 'a program' } as const;
+  const clients = await Promise.all(
+    [0, 1].map(async () => {
+      const pair = duplexPair();
+      server.serveConnection(pair.server, { peer });
+      return NbdClient.connect({ socket: pair.client });
+    }),
+  );
+  const sizes = await Promise.all(clients.map(async (client) => (await client.info('x')).size));
+  expect(new Set(sizes).size).toBe(2);
+  expect(await Promise.all(clients.map(async (client) => (await client.go('x')).size))).toEqual(sizes);
+  for (const client of clients) client.destroy();
+  await until(() => disks.events.filter((event) => event.startsWith('close')).length === 2, 'both are closed');
 });

@@ -2,7 +2,17 @@
 
 import { inspect } from 'node:util';
 import { describe, expect, onTestFinished, test } from 'vitest';
-import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, NbdServer, type Limits, type ListenOptions } from '../src/index.js';
+import {
+  createServer,
+  DEFAULT_LIMITS,
+  MIN_MEMORY_BYTES,
+  NbdServer,
+  serve,
+  type CreateServerOptions,
+  type Limits,
+  type ListenOptions,
+  type ServerOptions,
+} from '../src/index.js';
 import { limitsFrom, MAX_TIMER_MS, orNever } from '../src/server/limits.js';
 import { Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, until } from './test-server.js';
@@ -142,4 +152,31 @@ test.each<unknown>([
   const listening = server.listen(options as ListenOptions);
   await expect(listening).rejects.toThrow(/^cannot listen on /);
   await expect(listening).rejects.toMatchObject({ name: expect.stringMatching(/^(Type|Range)Error$/) as string });
+});
+
+describe('options of the wrong kind are refused in one line', () => {
+  const provider = new TestProvider([]);
+  test.each([
+    [null, /^the options of a server must be an object, not null$/],
+    [{}, /^provider must be an object, not undefined$/],
+    [{ provider, observer: null }, /^observer must be an object, not null$/],
+    [{ provider, limits: null }, /^limits must be an object, not null$/],
+    [{ provider, limits: 5 }, /^limits must be an object, not a number$/],
+    [{ provider, prepareSocket: 5 }, /^prepareSocket must be a function, not a number$/],
+    [{ provider, peerCredentials: {} }, /^peerCredentials must be a function, not an object$/],
+  ])('%j', (options, says) => {
+    const make = (): NbdServer => new NbdServer(options as unknown as ServerOptions);
+    expect(make).toThrow(TypeError);
+    expect(make).toThrow(says);
+  });
+
+  test('of serve and createServer', async () => {
+    const device = { size: 512, read: () => undefined };
+    await expect(serve({ port: 0 }, device, null as unknown as object)).rejects.toThrow(
+      /^the options of serve must be an object, not null$/,
+    );
+    expect(() => createServer(null as unknown as CreateServerOptions)).toThrow(
+      /^the options of createServer must be an object, not null$/,
+    );
+  });
 });

@@ -47,8 +47,8 @@ export interface ServerTls {
 }
 
 /**
- * Check what a program has given as ServerTls; `defaultMode` if `mode` may be missing. Errors: TypeError. A misspelt mode must not mean that
- * clients without TLS are served.
+ * Check what a program has given as ServerTls; `defaultMode` if `mode` may be missing. A misspelt mode must not mean that clients
+ * without TLS are served. Errors: TypeError.
  */
 export function checkTls(given: unknown, defaultMode?: TlsMode): void {
   if (typeof given !== 'object' || given === null) throw new TypeError(`tls is ${kindOf(given)}, not an object`);

@@ -25,7 +25,7 @@ import { describeExport, openChecked } from './checked-export.js';
 import { checkedInfo } from './export-info.js';
 import { refusal } from './export-refusal.js';
 import { HandshakeError, type CheckedExport, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
-import { LoopSlice } from './loop-slices.js';
+import { LoopSlice } from '../loop-slices.js';
 import { answerMetaContextOption } from './meta-context.js';
 import { awaited } from '../promised.js';
 import { encodeAnswer, negotiatedFor, reply, type Negotiation } from './negotiation.js';

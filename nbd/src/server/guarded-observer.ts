@@ -14,6 +14,7 @@ import type {
   ServerObserver,
 } from './observer.js';
 import { promiseOf } from '../promised.js';
+import { checkOptions } from './option-checks.js';
 
 export class GuardedObserver implements ServerObserver {
   /** Not there if nobody listens: then no event is made. */
@@ -31,8 +32,9 @@ export class GuardedObserver implements ServerObserver {
     }
   }
 
-  /** `observer`, guarded once. */
+  /** `observer`, guarded once. Errors: TypeError. */
   static of(observer: ServerObserver = {}): GuardedObserver {
+    checkOptions('observer', observer);
     return observer instanceof GuardedObserver ? observer : new GuardedObserver(observer);
   }
 

@@ -18,7 +18,7 @@ import {
 } from '../protocol/wire.js';
 import { answerExportName, answerGo, answerInfo, answerList, answerMetaContexts } from './export-options.js';
 import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
-import { LoopSlice } from './loop-slices.js';
+import { LoopSlice } from '../loop-slices.js';
 import { answerReplyOption, beginNegotiation, encodeAnswer, reply, type Negotiation } from './negotiation.js';
 
 /** First two bytes of a TLS connection: a handshake record of TLS 1.0, whichever version follows. */

@@ -11,6 +11,7 @@ import type { AnyDevice } from '../device.js';
 import type { ServerTls, TlsMode } from '../protocol/tls-material.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
+import { checkCallback, checkOptions } from './option-checks.js';
 import { ConnectionLoop } from './connection-loop.js';
 import { limitsFrom, type Limits } from './limits.js';
 import {
@@ -106,7 +107,11 @@ export class NbdServer {
 
   /** Errors: RangeError (a limit is invalid, or too little memory for so many loops), TypeError (`tls` is not what it must be). */
   constructor(options: ServerOptions) {
+    checkOptions('the options of a server', options);
     const { provider, tls } = options;
+    checkOptions('provider', provider);
+    checkCallback('peerCredentials', options.peerCredentials);
+    checkCallback('prepareSocket', options.prepareSocket);
     const observer = GuardedObserver.of(options.observer);
     this.#observer = observer;
     this.#tlsMode = tls?.mode;
@@ -246,7 +251,8 @@ export class NbdServer {
     options: { readonly peer?: Peer; readonly head?: Uint8Array } = {},
   ): number | undefined {
     const { head } = options;
-    const peer = options.peer ?? { transport: 'internal', address: `connection ${this.#nextId}` };
+    // One object for each connection: providers tell connections apart by it.
+    const peer = { transport: 'internal', address: `connection ${this.#nextId}`, ...options.peer } as const;
     return this.#letIn(socket, peer, (about) => this.#here.serveStream({ ...about, socket, head }));
   }
 
