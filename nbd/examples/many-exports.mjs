@@ -3,7 +3,7 @@
 import { readFileSync } from 'node:fs';
 import fs from 'node:fs/promises';
 import { join } from 'node:path';
-import { createServer, shared } from 'nbd-server-ts';
+import { createServer, formatNbdUri, shared } from 'nbd-server-ts';
 
 const [disks, certificates, uri] = process.argv.slice(2);
 const pem = (name) => readFileSync(join(certificates, `${name}.pem`));
@@ -46,4 +46,4 @@ const server = createServer({
 });
 const { host, port } = await server.listen(uri);
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => server.close());
-console.log(`nbds://${host}:${port}`);
+console.log(formatNbdUri({ host, port, tls: true }));

@@ -1,12 +1,13 @@
-/** An `open`, `describe` or `close` of the program that never settles: connections end all the same, and nothing piles up. */
+/** An `open`, `describe`, `list` or `close` of the program that never settles: connections end all the same, and nothing piles up. */
 
-import { describe, expect, test } from 'vitest';
-import { NbdClient } from '../src/index.js';
+import { join } from 'node:path';
+import { describe, expect, onTestFinished, test } from 'vitest';
+import { createServer, NbdClient } from '../src/index.js';
 import { MAX_LEFTOVERS_PER_EXPORT } from '../src/server/leftovers.js';
 import { OPT, REP } from '../src/protocol/wire.js';
 import { infoQuery, optionBytes, type RawClient } from './raw-client.js';
 import { stuckServer, type StuckServer } from './stuck-device.js';
-import { until } from './test-server.js';
+import { temporaryDirectory, until } from './test-server.js';
 
 async function goOn({ raw, provider }: StuckServer, name: string): Promise<RawClient> {
   const before = provider.opens.length;
@@ -128,6 +129,38 @@ test('a describe that never settles ends its connection when its time is up', as
   await until(() => stuck.server.connections.size === 0, 'it is over');
   expect(stuck.closes[0]?.reason).toBe('the server has not described the export "stuck describe" within 30 ms');
   expect(stuck.provider.describes[0]?.signal.aborted).toBe(true);
+});
+
+test('lists that never settle do not pile up: further ones are refused, exports are opened, and later lists are given', async () => {
+  const path = join(await temporaryDirectory(), 'nbd.sock');
+  const answers: ((names: string[]) => void)[] = [];
+  const server = createServer({
+    exports: () => ({ size: 512, read: () => undefined }),
+    list: () => new Promise<string[]>((resolve) => answers.push(resolve)),
+    limits: { openTimeoutMs: 30 },
+    observer: { onError: () => undefined },
+  });
+  onTestFinished(() => server.destroy());
+  await server.listen({ path });
+  for (let n = 0; n < MAX_LEFTOVERS_PER_EXPORT; n++) {
+    const client = await NbdClient.connect({ path });
+    await expect(client.list()).rejects.toThrow();
+    client.destroy();
+  }
+  expect(answers).toHaveLength(MAX_LEFTOVERS_PER_EXPORT);
+  const client = await NbdClient.connect({ path });
+  await expect(client.list()).rejects.toThrow(/the list of exports does not answer: 64 earlier connections still wait/);
+  expect(answers).toHaveLength(MAX_LEFTOVERS_PER_EXPORT);
+  expect(await client.go('any')).toMatchObject({ size: 512 });
+  client.destroy();
+  for (const answer of answers) answer([]);
+  await new Promise((resolve) => setImmediate(resolve));
+  const later = await NbdClient.connect({ path });
+  const listed = later.list();
+  await until(() => answers.length > MAX_LEFTOVERS_PER_EXPORT, 'it is asked again');
+  answers.at(-1)?.(['x']);
+  expect(await listed).toMatchObject([{ name: 'x' }]);
+  later.destroy();
 });
 
 test('a describe that was answered is nothing that is owed, when its client then waits too long: the export is opened', async () => {

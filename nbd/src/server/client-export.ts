@@ -17,7 +17,7 @@ import type { AnyDevice } from '../device.js';
 import type { ClientSignal } from './client-signal.js';
 import { checkedInfo } from './export-info.js';
 import type { GuardedObserver } from './guarded-observer.js';
-import type { Leftovers } from './leftovers.js';
+import { LISTS, type Leftovers } from './leftovers.js';
 import { MAX_TIMER_MS, orNever, type Limits } from './limits.js';
 import type { ErrorContext } from './observer.js';
 import { promiseOf } from '../promised.js';
@@ -75,6 +75,13 @@ export class ClientExport {
   get whyLeft(): string | undefined {
     const { refused } = this;
     return refused === undefined ? undefined : `the client left when it was refused ${JSON.stringify(refused)}`;
+  }
+
+  /** What the provider's `list` answers. Errors: as for `describe`. */
+  list(peer: Peer): unknown {
+    this.#peer = peer;
+    this.#refuseIfStuck(LISTS, 'list');
+    return this.#waitFor(LISTS, 'list', this.#resources.provider.list(peer));
   }
 
   /** What the provider's `describe` answers. Errors: what it throws; ExportError POLICY: too many calls wait for it already. */
@@ -150,12 +157,12 @@ export class ClientExport {
     return { id: this.#connectionId, signal: this.#clientSignal.signal };
   }
 
-  #refuseIfStuck(key: string, method: 'describe' | 'open'): void {
+  #refuseIfStuck(key: string, method: 'list' | 'describe' | 'open'): void {
     const refusal = this.#resources.leftovers.refusal(key);
     if (refusal === undefined) return;
     const error = new ExportError('POLICY', refusal);
     // A refusal is no error to be reported, but this is one of the program.
-    this.failed(error, { source: 'server', method, exportName: key }, true);
+    this.failed(error, { source: 'server', method, ...(key !== LISTS && { exportName: key }) }, true);
     throw error;
   }
 
@@ -168,7 +175,8 @@ export class ClientExport {
         if (call.release !== undefined) await undo?.(late);
       },
       (error: unknown) => {
-        if (call.release !== undefined) this.failed(error, { source: 'provider', method, exportName: name });
+        if (call.release === undefined) return;
+        this.failed(error, { source: 'provider', method, ...(name !== LISTS && { exportName: name }) });
       },
     );
     const call: ProviderCall = { name, release: undefined, over };

@@ -3,7 +3,7 @@
  * their data and their answers.
  */
 
-import type { ExportInfo, Geometry } from '../block-device.js';
+import type { Awaitable, ExportInfo, Geometry } from '../block-device.js';
 import {
   decodeString,
   encodeExportNameReply,
@@ -27,7 +27,6 @@ import { refusal } from './export-refusal.js';
 import { HandshakeError, type CheckedExport, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
 import { LoopSlice } from '../loop-slices.js';
 import { answerMetaContextOption } from './meta-context.js';
-import { awaited } from '../promised.js';
 import { encodeAnswer, negotiatedFor, reply, type Negotiation } from './negotiation.js';
 
 /** Bytes of a list sent at once: few system calls, and little memory for a client that does not read. */
@@ -101,7 +100,8 @@ export async function answerList(host: HandshakeHost, data: Buffer): Promise<voi
   let isSending = false;
   let isBegun = false;
   try {
-    const exports = await host.clock.during('listed its exports', awaited(host.provider.list(host.peer)));
+    const listed = host.export.list(host.peer) as Awaitable<Iterable<unknown>>;
+    const exports = await host.clock.during('listed its exports', listed);
     slice.restart();
     for (const each of exports) {
       const info = listable(host, each, unfit);

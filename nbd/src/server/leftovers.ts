@@ -8,11 +8,14 @@ export const MAX_LEFTOVERS_PER_EXPORT = 64;
 /** The same for all exports of an event loop together: a client may ask for ever new names. */
 export const MAX_LEFTOVERS = 4096;
 
+/** The key of calls of `list`: no name of an export has a NUL. */
+export const LISTS = '\0lists';
+
 export class Leftovers {
   readonly #countOf = new Map<string, number>();
   #count = 0;
 
-  /** One more of the export `key` (see ExportInfo.countedAs). The result is to be called, once, when it has settled. */
+  /** One more of the export `key` (see ExportInfo.countedAs), or of LISTS. The result is to be called, once, when it has settled. */
   add(key: string): () => void {
     this.#count++;
     this.#countOf.set(key, (this.#countOf.get(key) ?? 0) + 1);
@@ -28,7 +31,8 @@ export class Leftovers {
   refusal(key: string): string | undefined {
     const ofExport = this.#countOf.get(key) ?? 0;
     if (ofExport >= MAX_LEFTOVERS_PER_EXPORT) {
-      return `the export ${JSON.stringify(key)} does not answer: ${ofExport} earlier connections still wait for it`;
+      const what = key === LISTS ? 'the list of exports' : `the export ${JSON.stringify(key)}`;
+      return `${what} does not answer: ${ofExport} earlier connections still wait for it`;
     }
     if (this.#count >= MAX_LEFTOVERS) {
       return `exports of this server do not answer: ${this.#count} earlier connections still wait for them`;
