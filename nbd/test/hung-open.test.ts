@@ -164,18 +164,18 @@ test('lists that never settle do not pile up: further ones are refused, exports 
 });
 
 test('a describe that was answered is nothing that is owed, when its client then waits too long: the export is opened', async () => {
-  const stuck = await stuckServer({ tcp: true, limits: { handshakeTimeoutMs: 100 } });
-  const askAndWait = async (): Promise<void> => {
+  const stuck = await stuckServer({ tcp: true, limits: { handshakeTimeoutMs: 2000 } });
+  const asking = Array.from({ length: MAX_LEFTOVERS_PER_EXPORT }, async () => {
     const client = await stuck.raw();
     await client.greet();
-    const before = stuck.provider.describes.length;
     client.send(optionBytes(OPT.INFO, infoQuery('stuck describe')));
-    await until(() => stuck.provider.describes.length > before, 'it is asked');
-    for (const { answer } of stuck.provider.describes) answer();
-    await client.readToEnd();
-  };
-  await Promise.all(Array.from({ length: MAX_LEFTOVERS_PER_EXPORT }, askAndWait));
-  expect(stuck.closes[0]?.reason).toBe('no export chosen within 100 ms');
+    return client;
+  });
+  const clients = await Promise.all(asking);
+  await until(() => stuck.provider.describes.length === clients.length, 'all have been asked');
+  for (const { answer } of stuck.provider.describes) answer();
+  await Promise.all(clients.map((client) => client.readToEnd()));
+  expect(stuck.closes[0]?.reason).toBe('no export chosen within 2000 ms');
   const client = await goOn(stuck, 'stuck describe');
   stuck.provider.opens[0]?.answer();
   while ((await client.readOptionReply()).type !== REP.ACK);
