@@ -25,7 +25,7 @@ describe('close()', () => {
     const { unfinished } = await stuck.server.close({ graceMs: 10 });
     expect(unfinished).toMatchObject([{ id, exportName: 'one', phase: 'closing', inFlight: 1, requests: 1 }]);
     expect(stuck.errors).toMatchObject([
-      { message: 'the server was closed, but this connection waits for 1 requests that its device has not finished' },
+      { message: 'the server was closed, but this connection waits for 1 request that its device has not finished' },
     ]);
     // A copy: it tells what was.
     stuck.provider.calls[0]?.answer();

@@ -498,7 +498,7 @@ export class NbdServer {
       const waitsFor =
         inFlight === 0
           ? 'its export, which has not opened, answered or closed'
-          : `${inFlight} requests that its device has not finished`;
+          : `${inFlight} ${inFlight === 1 ? 'request' : 'requests'} that its device has not finished`;
       const error = new Error(`the server was closed, but this connection waits for ${waitsFor}`);
       this.#observer.onError(error, { id, peer, exportName, source: 'server', method: 'close', expected: true });
     }
