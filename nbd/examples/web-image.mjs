@@ -1,5 +1,5 @@
 // A disk image on a web server as a writable disk: changes are kept in memory, and lost at the end.
-// node web-image.mjs https://example.org/disk.img 'nbd+unix:///image?socket=image.sock'
+// node web-image.mjs https://example.org/disk.img 'nbd+unix:///image?socket=image.sock' [NUMBER OF A PARTITION]
 import { serve } from 'nbd-server-ts';
 import { cache } from 'nbd-server-ts/cache';
 import { httpRangeDevice } from 'nbd-server-ts/http-range';
