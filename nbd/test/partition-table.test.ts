@@ -69,13 +69,7 @@ test('a disk without a table, or too small for one', async () => {
 
 test('a chain of logical partitions that never ends, and tables that point outside, are refused', async () => {
   const table = Buffer.alloc(8 * 512);
-  const entry = (sector: number, index: number, type: number, start: number, sectors: number): void => {
-    const at = sector * 512 + 446 + 16 * index;
-    table.writeUInt8(type, at + 4);
-    table.writeUInt32LE(start, at + 8);
-    table.writeUInt32LE(sectors, at + 12);
-    table.writeUInt16BE(0x55aa, sector * 512 + 510);
-  };
+  const entry = mbrEntries(table);
   entry(0, 0, 0x83, 7, 2);
   entry(0, 1, 0x05, 2, 6);
   entry(2, 0, 0x83, 1, 1);
@@ -136,13 +130,7 @@ test('a GPT that is damaged, or left over, does not lead to other bytes', async 
 
 test('the table of a logical partition that was deleted has no number', async () => {
   const table = Buffer.alloc(32 * 512);
-  const entry = (sector: number, index: number, ...[type, start, sectors]: readonly [number, number, number]): void => {
-    const at = sector * 512 + 446 + 16 * index;
-    table.writeUInt8(type, at + 4);
-    table.writeUInt32LE(start, at + 8);
-    table.writeUInt32LE(sectors, at + 12);
-    table.writeUInt16BE(0x55aa, sector * 512 + 510);
-  };
+  const entry = mbrEntries(table);
   entry(0, 0, 0x05, 2, 30);
   entry(2, 1, 0x05, 8, 10);
   entry(10, 0, 0x83, 1, 4);
@@ -163,3 +151,20 @@ test('errors of the device pass', async () => {
   };
   await expect(findPartition(device, 1)).rejects.toThrow('unreadable');
 });
+
+type WriteEntry = (
+  sector: number,
+  index: number,
+  ...entry: readonly [type: number, start: number, sectors: number]
+) => void;
+
+/** Writes entries of the MBRs in `table`, in sectors of 512 bytes. */
+function mbrEntries(table: Buffer): WriteEntry {
+  return (sector, index, type, start, sectors) => {
+    const at = sector * 512 + 446 + 16 * index;
+    table.writeUInt8(type, at + 4);
+    table.writeUInt32LE(start, at + 8);
+    table.writeUInt32LE(sectors, at + 12);
+    table.writeUInt16BE(0x55aa, sector * 512 + 510);
+  };
+}
