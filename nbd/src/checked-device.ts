@@ -6,6 +6,7 @@
 import type { CompleteDevice, Geometry } from './block-device.js';
 import { completeDevice, type AnyDevice } from './device.js';
 import { geometryProblem } from './server/geometry.js';
+import { isThenable, kindOf } from './kinds.js';
 
 /** Methods that a device may lack. */
 const OPTIONAL_METHODS = ['write', 'flush', 'zero', 'trim', 'cache', 'extents', 'isHole', 'close'] as const;
@@ -41,23 +42,6 @@ export async function checkedOpened(given: unknown, what: string): Promise<Compl
     }
     throw error;
   }
-}
-
-/** A value in messages: what it is, not what is in it. */
-export function kindOf(value: unknown): string {
-  if (value === null || value === undefined) return String(value);
-  if (isThenable(value)) return 'a promise';
-  if (Array.isArray(value)) return 'an array';
-  if (typeof value === 'object') {
-    const { name } = (value as { constructor?: { name?: unknown } }).constructor ?? {};
-    return typeof name === 'string' && name !== 'Object' && name !== '' ? `a ${name}` : 'an object';
-  }
-  return `a ${typeof value}`;
-}
-
-/** Whether `value` is a promise, of whatever library. */
-export function isThenable(value: unknown): boolean {
-  return typeof value === 'object' && value !== null && typeof (value as { then?: unknown }).then === 'function';
 }
 
 /** Why `given` is no device at all; undefined if it is one, good or bad. */

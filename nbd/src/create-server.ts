@@ -13,11 +13,11 @@ import {
   type OpenContext,
   type Peer,
 } from './block-device.js';
-import { checkedOpened, isThenable, kindOf } from './checked-device.js';
+import { checkedOpened } from './checked-device.js';
 import type { AnyDevice } from './device.js';
 import { warnOf } from './server/error-warnings.js';
-import { checkOptions } from './server/option-checks.js';
 import { NbdServer, type ServerOptions } from './server/server.js';
+import { checkObject, isThenable, kindOf } from './kinds.js';
 
 /** The connection for which an export is asked. */
 export interface ExportRequest {
@@ -64,7 +64,7 @@ export interface CreateServerOptions extends Omit<ServerOptions, 'provider'> {
  * Errors: TypeError (an option of the wrong type), RangeError (a limit is invalid).
  */
 export function createServer(options: CreateServerOptions): NbdServer {
-  checkOptions('the options of createServer', options);
+  checkObject(options, 'the options of createServer');
   const given = (options as { readonly exports?: unknown }).exports;
   if (typeof given !== 'function') {
     throw new TypeError(

@@ -11,16 +11,16 @@ import {
   type ExportProvider,
   type Geometry,
 } from './block-device.js';
-import { checkedDevice, kindOf } from './checked-device.js';
+import { checkedDevice } from './checked-device.js';
 import type { AnyDevice } from './device.js';
 import { DeviceHandle, sharedGeometry } from './device-handle.js';
 import { checkTls } from './protocol/tls-material.js';
 import { formatNbdUri, type NbdUri } from './protocol/uri.js';
 import { decodeString, MAX_STRING_BYTES } from './protocol/wire.js';
 import { GuardedObserver } from './server/guarded-observer.js';
-import { checkOptions } from './server/option-checks.js';
 import { listenPlace, type BoundAddress, type ListenOptions, type ListenTarget } from './server/listening.js';
 import { graceOf, NbdServer, type ServerOptions, type Unfinished } from './server/server.js';
+import { checkObject, kindOf } from './kinds.js';
 
 type ServerTls = NonNullable<ServerOptions['tls']>;
 
@@ -56,7 +56,7 @@ export interface ServeOptions extends Omit<ServerOptions, 'provider' | 'tls'> {
  * Errors: TypeError and RangeError (an argument that cannot be used: nobody has been served); ListenError.
  */
 export async function serve(where: ListenTarget, device: AnyDevice, options: ServeOptions = {}): Promise<DeviceServer> {
-  checkOptions('the options of serve', options);
+  checkObject(options, 'the options of serve');
   const { uri, options: place } = listenPlace(where);
   const complete = checkedDevice(device, 'the device');
   const { name, description = '', mode, tls, ...others } = options;

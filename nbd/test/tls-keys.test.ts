@@ -193,7 +193,7 @@ describe('material', () => {
     [
       'returns a pskKey that is none',
       () => ({ pskKey: KEY, verifyPeer: false }),
-      /material\(\) returned an object as pskKey; expected was a function \(user\) => key$/,
+      /material\(\) returned a Buffer as pskKey; expected was a function \(user\) => key$/,
     ],
     // Node would trust all authorities of the system, and check no revocations.
     [

@@ -4,6 +4,7 @@
  */
 
 import { types } from 'node:util';
+import { kindOf } from '../kinds.js';
 import { MAX_STRING_BYTES } from '../protocol/wire.js';
 import { NbdClientError } from './client-error.js';
 
@@ -12,35 +13,23 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
 
 /** Also for the arrays of another realm (vm, jest), for which instanceof is false. */
 export function checkBytes(value: unknown, what: string): void {
-  if (!types.isUint8Array(value)) throw new TypeError(`${what} must be a Uint8Array or Buffer, not ${typeName(value)}`);
-}
-
-export function checkObject(value: unknown, what: string): void {
-  if (typeof value !== 'object' || value === null) {
-    throw new TypeError(`${what} must be an object, not ${typeName(value)}`);
-  }
-}
-
-export function checkFunction(value: unknown, what: string): void {
-  if (value !== undefined && typeof value !== 'function') {
-    throw new TypeError(`${what} must be a function, not ${typeName(value)}`);
-  }
+  if (!types.isUint8Array(value)) throw new TypeError(`${what} must be a Uint8Array or Buffer, not ${kindOf(value)}`);
 }
 
 export function checkNumber(value: unknown, what: string): void {
-  if (typeof value !== 'number') throw new TypeError(`${what} must be a number, not ${typeName(value)}`);
+  if (typeof value !== 'number') throw new TypeError(`${what} must be a number, not ${kindOf(value)}`);
 }
 
 export function checkSignal(value: AbortSignal | undefined): void {
   if (value === undefined) return;
   if (typeof (value as Partial<AbortSignal> | null)?.addEventListener !== 'function') {
-    throw new TypeError(`signal must be an AbortSignal, not ${typeName(value)}`);
+    throw new TypeError(`signal must be an AbortSignal, not ${kindOf(value)}`);
   }
 }
 
 /** A string of the wire (proto.md, "Conventions"). Errors: TypeError; NbdClientError INVALID. */
 export function checkText(value: unknown, what: string): void {
-  if (typeof value !== 'string') throw new TypeError(`${what} must be a string, not ${typeName(value)}`);
+  if (typeof value !== 'string') throw new TypeError(`${what} must be a string, not ${kindOf(value)}`);
   if (value.includes('\0')) throw new NbdClientError('INVALID', `${what} contains NUL`);
   const bytes = Buffer.byteLength(value);
   if (bytes > MAX_STRING_BYTES) {
@@ -51,7 +40,7 @@ export function checkText(value: unknown, what: string): void {
 }
 
 export function checkTexts(values: unknown, what: string): void {
-  if (!Array.isArray(values)) throw new TypeError(`${what} must be an array of strings, not ${typeName(values)}`);
+  if (!Array.isArray(values)) throw new TypeError(`${what} must be an array of strings, not ${kindOf(values)}`);
   for (const value of values) checkText(value, `one of ${what}`);
 }
 
@@ -73,16 +62,6 @@ export function checkedCount(value: number | undefined, what: string, fallback: 
     throw new RangeError(`${what} must be a whole number from ${least} on, not ${value}`);
   }
   return value;
-}
-
-/** For messages: 'undefined', 'a string', 'an array', 'an instance of URL'. */
-export function typeName(value: unknown): string {
-  if (value === undefined || value === null) return String(value);
-  if (value === '') return 'an empty string';
-  if (typeof value !== 'object') return `a ${typeof value}`;
-  if (Array.isArray(value)) return 'an array';
-  const name = (value.constructor as { name?: unknown } | undefined)?.name;
-  return typeof name === 'string' && name !== 'Object' && name !== '' ? `an instance of ${name}` : 'an object';
 }
 
 function isWellFormed(text: string): boolean {

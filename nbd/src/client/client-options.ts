@@ -3,7 +3,8 @@
 import type { Duplex } from 'node:stream';
 import { checkClientTls, type ClientTls } from '../protocol/tls.js';
 import { parseNbdUri } from '../protocol/uri.js';
-import { checkBytes, checkedMs, checkObject, checkSignal, typeName } from './argument-checks.js';
+import { checkObject, kindOf } from '../kinds.js';
+import { checkBytes, checkedMs, checkSignal } from './argument-checks.js';
 import type { ReplyLevel } from './reply-reader.js';
 
 /** How long connect() may take by default, milliseconds. */
@@ -103,7 +104,7 @@ function checkAddress(options: ClientOptions): Place {
   if ('socket' in options && given[0] === 'socket') {
     const { socket, head } = options;
     if (typeof (socket as Partial<Duplex> | null)?.write !== 'function') {
-      throw new TypeError(`socket must be a duplex stream, not ${typeName(socket)}`);
+      throw new TypeError(`socket must be a duplex stream, not ${kindOf(socket)}`);
     }
     if (head !== undefined) checkBytes(head, 'head');
     const bytes = head && Buffer.from(head.buffer, head.byteOffset, head.byteLength);
@@ -112,13 +113,13 @@ function checkAddress(options: ClientOptions): Place {
   if ('path' in options && given[0] === 'path') {
     const { path } = options;
     if (typeof path !== 'string' || path === '') {
-      throw new TypeError(`path must be the path of a unix socket, not ${typeName(path)}`);
+      throw new TypeError(`path must be the path of a unix socket, not ${kindOf(path)}`);
     }
     return { ...common, address: { path }, where: path, tlsHost: 'localhost' };
   }
   const { host = 'localhost', port } = options as { readonly host?: string; readonly port: number };
   if (typeof host !== 'string' || host === '') {
-    throw new TypeError(`host must be a name or an address, not ${typeName(host)}`);
+    throw new TypeError(`host must be a name or an address, not ${kindOf(host)}`);
   }
   return { ...common, ...tcpPlace(host, port) };
 }
@@ -150,7 +151,7 @@ function placeOfUri(uri: string, given: ClientTls | undefined): Place {
 }
 
 function tcpPlace(host: string, port: number): Pick<Place, 'address' | 'where' | 'tlsHost'> {
-  if (typeof port !== 'number') throw new TypeError(`port must be a number, not ${typeName(port)}`);
+  if (typeof port !== 'number') throw new TypeError(`port must be a number, not ${kindOf(port)}`);
   if (!Number.isInteger(port) || port < 1 || port > 65535) throw new RangeError(`port must be 1 to 65535, not ${port}`);
   return {
     address: { host, port },

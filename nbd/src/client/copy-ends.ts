@@ -6,7 +6,7 @@
 import { ALLOCATION_CONTEXT, type Geometry } from '../block-device.js';
 import { completeDevice, type AnyDevice } from '../device.js';
 import { readShortfall, writeShortfall } from '../transferred.js';
-import { typeName } from './argument-checks.js';
+import { kindOf } from '../kinds.js';
 import { NbdClientError } from './client-error.js';
 import type { ExportDetails } from './export-details.js';
 import type { Extent } from './reply-reader.js';
@@ -47,7 +47,7 @@ export interface CopyEnd {
 /** Errors: TypeError; NbdClientError CLOSED (a client without an open export). */
 export function copyEnd(given: CopyClient | AnyDevice, which: string): CopyEnd {
   if (typeof given !== 'object' || (given as unknown) === null) {
-    throw new TypeError(`${which} of a copy must be an open client or a device, not ${typeName(given)}`);
+    throw new TypeError(`${which} of a copy must be an open client or a device, not ${kindOf(given)}`);
   }
   if ('readInto' in given) return clientEnd(given, which);
   if (typeof (given as Partial<AnyDevice>).read !== 'function') {
@@ -140,7 +140,7 @@ function statusOf(device: ReturnType<typeof completeDevice>, signal: AbortSignal
 /** The plan is made from these: with a size of NaN nothing would be copied, and no error be seen. */
 function refuseGeometry({ size, minimumBlockSize: block }: Geometry, which: string): void {
   if (!Number.isSafeInteger(size) || size < 0) {
-    const found = typeof size === 'number' ? String(size) : typeName(size);
+    const found = typeof size === 'number' ? String(size) : kindOf(size);
     throw new TypeError(`the size of ${which} of a copy must be a whole number from 0 to 2^53-1, not ${found}`);
   }
   if (!Number.isInteger(block) || block < 1 || (block & (block - 1)) !== 0) {

@@ -6,7 +6,8 @@
 import { STATE_ZERO } from '../block-device.js';
 import type { AnyDevice } from '../device.js';
 import { abortError, offAbort, onAbort } from './aborting.js';
-import { checkedCount, checkFunction, checkObject, checkSignal } from './argument-checks.js';
+import { checkFunction, checkObject } from '../kinds.js';
+import { checkedCount, checkSignal } from './argument-checks.js';
 import { NbdClientError } from './client-error.js';
 import { copyEnd, type CopyClient, type CopyEnd } from './copy-ends.js';
 import type { Extent } from './reply-reader.js';

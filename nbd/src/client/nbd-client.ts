@@ -10,15 +10,8 @@ import type { ExportInfo } from '../block-device.js';
 import { connectTls, type ClientTls } from '../protocol/tls.js';
 import { CMD, CMD_FLAG, MAX_PAYLOAD, OPT, writeUInt64 } from '../protocol/wire.js';
 import { abortError, offAbort, onAbort, unlessAborted } from './aborting.js';
-import {
-  asError,
-  checkBytes,
-  checkNumber,
-  checkObject,
-  checkSignal,
-  checkText,
-  checkTexts,
-} from './argument-checks.js';
+import { checkObject } from '../kinds.js';
+import { asError, checkBytes, checkNumber, checkSignal, checkText, checkTexts } from './argument-checks.js';
 import { NbdClientError } from './client-error.js';
 import { checkClientOptions, type CheckedOptions, type ClientOptions } from './client-options.js';
 import { connectSocket } from './connect-socket.js';

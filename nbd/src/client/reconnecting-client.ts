@@ -12,16 +12,8 @@
  */
 
 import { abortError, unlessAborted } from './aborting.js';
-import {
-  asError,
-  checkedCount,
-  checkedMs,
-  checkFunction,
-  checkObject,
-  checkSignal,
-  checkText,
-  checkTexts,
-} from './argument-checks.js';
+import { checkFunction, checkObject } from '../kinds.js';
+import { asError, checkedCount, checkedMs, checkSignal, checkText, checkTexts } from './argument-checks.js';
 import { NbdClientError } from './client-error.js';
 import type { ConnectionOptions, ServerAddress } from './client-options.js';
 import type { ExportDetails } from './export-details.js';

@@ -8,6 +8,7 @@ import tls from 'node:tls';
 import type { ClientHello } from './client-hello.js';
 import type { FirstFlight } from './first-flight.js';
 import { decodeUtf8 } from './x509.js';
+import { kindOf } from '../kinds.js';
 
 /** 'on': a client may ask for TLS (SELECTIVETLS without TLS-only exports); 'require': it must (FORCEDTLS). */
 export type TlsMode = 'off' | 'on' | 'require';
@@ -51,15 +52,15 @@ export interface ServerTls {
  * without TLS are served. Errors: TypeError.
  */
 export function checkTls(given: unknown, defaultMode?: TlsMode): void {
-  if (typeof given !== 'object' || given === null) throw new TypeError(`tls is ${kindOf(given)}, not an object`);
+  if (typeof given !== 'object' || given === null) throw new TypeError(`tls is ${shown(given)}, not an object`);
   const { mode = defaultMode }: { readonly mode?: unknown } = given;
   if (mode !== 'off' && mode !== 'on' && mode !== 'require') {
-    const shown = typeof mode === 'string' ? JSON.stringify(mode) : kindOf(mode);
-    throw new TypeError(`tls.mode is ${shown}, and must be 'off', 'on' or 'require'`);
+    const found = typeof mode === 'string' ? JSON.stringify(mode) : shown(mode);
+    throw new TypeError(`tls.mode is ${found}, and must be 'off', 'on' or 'require'`);
   }
   const { material }: { readonly material?: unknown } = given;
   if (mode === 'off' || typeof material === 'function') return;
-  throw new TypeError(`tls.material is ${kindOf(material)}, not a function that gives the keys`);
+  throw new TypeError(`tls.material is ${shown(material)}, not a function that gives the keys`);
 }
 
 type MaybePromise<T> = T | PromiseLike<T>;
@@ -97,20 +98,20 @@ export function callMaterial(source: ServerTls): TlsMaterial | Promise<TlsMateri
 /** A copy: each property is read once. */
 function checkMaterial(value: TlsMaterial): TlsMaterial {
   const given: unknown = value;
-  if (typeof given !== 'object' || given === null) throw wrongMaterial(`returned ${kindOf(given)}`, 'TlsMaterial');
+  if (typeof given !== 'object' || given === null) throw wrongMaterial(`returned ${shown(given)}`, 'TlsMaterial');
   const { certificate, authorities, revocations, verifyPeer, pskKey } = given as Partial<TlsMaterial>;
   const pair: unknown = certificate;
   if (pair !== undefined && (typeof pair !== 'object' || pair === null)) {
-    throw wrongMaterial(`returned ${kindOf(pair)} as certificate`, '{ chain, key }');
+    throw wrongMaterial(`returned ${shown(pair)} as certificate`, '{ chain, key }');
   }
   if (certificate === undefined && pskKey === undefined) {
     throw wrongMaterial('returned neither certificate nor pskKey', 'at least one of them');
   }
   if (typeof verifyPeer !== 'boolean') {
-    throw wrongMaterial(`returned ${kindOf(verifyPeer)} as verifyPeer`, 'true or false');
+    throw wrongMaterial(`returned ${shown(verifyPeer)} as verifyPeer`, 'true or false');
   }
   if (pskKey !== undefined && typeof pskKey !== 'function') {
-    throw wrongMaterial(`returned ${kindOf(pskKey)} as pskKey`, 'a function (user) => key');
+    throw wrongMaterial(`returned ${shown(pskKey)} as pskKey`, 'a function (user) => key');
   }
   return {
     certificate: certificate && {
@@ -131,7 +132,7 @@ function checkMaterial(value: TlsMaterial): TlsMaterial {
  */
 function pem(name: string, value: unknown): string | Uint8Array {
   if (typeof value !== 'string' && !(value instanceof Uint8Array)) {
-    throw wrongMaterial(`returned ${kindOf(value)} as ${name}`, 'PEM, as a string or bytes');
+    throw wrongMaterial(`returned ${shown(value)} as ${name}`, 'PEM, as a string or bytes');
   }
   const bytes =
     typeof value === 'string' ? Buffer.from(value) : Buffer.from(value.buffer, value.byteOffset, value.length);
@@ -249,7 +250,7 @@ function checkKey(name: string, value: unknown): Buffer | null {
   if (value === undefined || value === null) return null;
   if (!(value instanceof Uint8Array)) {
     const hint = typeof value === 'string' ? `; for hexadecimal text: Buffer.from(text, 'hex')` : '';
-    throw new TlsMaterialError(`${name} returned ${kindOf(value)}; expected was a Buffer or Uint8Array${hint}`);
+    throw new TlsMaterialError(`${name} returned ${shown(value)}; expected was a Buffer or Uint8Array${hint}`);
   }
   if (value.length === 0 || value.length > MAX_KEY_BYTES) {
     throw new TlsMaterialError(
@@ -263,11 +264,11 @@ function checkKey(name: string, value: unknown): Buffer | null {
 export function checkPsk(user: unknown, key: unknown): void {
   if (typeof user !== 'string' || user === '' || user.includes('\0') || Buffer.byteLength(user) > MAX_USER_BYTES) {
     throw new TypeError(
-      `psk.user is ${kindOf(user)}; expected was a name of 1 to ${MAX_USER_BYTES} bytes without zeros`,
+      `psk.user is ${shown(user)}; expected was a name of 1 to ${MAX_USER_BYTES} bytes without zeros`,
     );
   }
   if (!(key instanceof Uint8Array) || key.length === 0 || key.length > MAX_KEY_BYTES) {
-    const found = key instanceof Uint8Array ? `${key.length} bytes` : kindOf(key);
+    const found = key instanceof Uint8Array ? `${key.length} bytes` : shown(key);
     throw new TypeError(`psk.key is ${found}; expected were 1 to ${MAX_KEY_BYTES} bytes, as a Buffer or Uint8Array`);
   }
 }
@@ -309,20 +310,17 @@ function promiseOf<T>(name: string, value: PromiseLike<T>): Promise<T> {
 }
 
 /** Nothing of the value itself: it may be a key. */
-function kindOf(value: unknown): string {
-  if (value === null || value === undefined) return String(value);
-  if (value === '') return 'an empty string';
-  if (typeof value === 'string') return `a string of ${value.length} characters`;
-  return Array.isArray(value) ? 'an array' : typeof value === 'object' ? 'an object' : `a ${typeof value}`;
+function shown(value: unknown): string {
+  return typeof value === 'string' && value !== '' ? `a string of ${value.length} characters` : kindOf(value);
 }
 
 /** Anything can be thrown, also what has no text. */
 function messageOf(error: unknown): string {
   try {
     const text = error instanceof Error ? String(error) : JSON.stringify(error);
-    return typeof text === 'string' ? text.slice(0, MAX_MESSAGE) : kindOf(error);
+    return typeof text === 'string' ? text.slice(0, MAX_MESSAGE) : shown(error);
   } catch {
-    return `${kindOf(error)} that cannot be shown`;
+    return `${shown(error)} that cannot be shown`;
   }
 }
 

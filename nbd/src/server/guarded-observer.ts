@@ -14,7 +14,7 @@ import type {
   ServerObserver,
 } from './observer.js';
 import { promiseOf } from '../promised.js';
-import { checkOptions } from './option-checks.js';
+import { checkObject } from '../kinds.js';
 
 export class GuardedObserver implements ServerObserver {
   /** Not there if nobody listens: then no event is made. */
@@ -34,7 +34,7 @@ export class GuardedObserver implements ServerObserver {
 
   /** `observer`, guarded once. Errors: TypeError. */
   static of(observer: ServerObserver = {}): GuardedObserver {
-    checkOptions('observer', observer);
+    checkObject(observer, 'observer');
     return observer instanceof GuardedObserver ? observer : new GuardedObserver(observer);
   }
 

@@ -4,7 +4,7 @@
  */
 
 import { nearestName } from './nearest-name.js';
-import { checkOptions } from './option-checks.js';
+import { checkObject } from '../kinds.js';
 
 /**
  * The limits of a server, whole numbers. Bytes and milliseconds where the names say so. A time limit that can be switched off
@@ -167,7 +167,7 @@ const RANGES: Readonly<Record<keyof Limits, Range>> = {
  * impossible, or there is no limit of that name.
  */
 export function limitsFrom(given: Partial<Limits> = {}): Limits {
-  checkOptions('limits', given);
+  checkObject(given, 'limits');
   const said: Partial<Record<keyof Limits, number>> = {};
   for (const [name, value] of Object.entries(given) as [string, unknown][]) {
     if (!isLimit(name)) throw new RangeError(unknownLimit(name));

@@ -11,7 +11,6 @@ import type { AnyDevice } from '../device.js';
 import type { ServerTls, TlsMode } from '../protocol/tls-material.js';
 import { Admission, type Place } from './admission.js';
 import type { MemoryUse } from './buffer-pool.js';
-import { checkCallback, checkOptions } from './option-checks.js';
 import { ConnectionLoop } from './connection-loop.js';
 import { limitsFrom, type Limits } from './limits.js';
 import {
@@ -30,6 +29,7 @@ import { promiseOf } from '../promised.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 import { unlessAborted, within } from './timers.js';
+import { checkFunction, checkObject } from '../kinds.js';
 
 /** What a server serves, and how. Only the provider is required. */
 export interface ServerOptions {
@@ -107,11 +107,11 @@ export class NbdServer {
 
   /** Errors: RangeError (a limit is invalid, or too little memory for so many loops), TypeError (`tls` is not what it must be). */
   constructor(options: ServerOptions) {
-    checkOptions('the options of a server', options);
+    checkObject(options, 'the options of a server');
     const { provider, tls } = options;
-    checkOptions('provider', provider);
-    checkCallback('peerCredentials', options.peerCredentials);
-    checkCallback('prepareSocket', options.prepareSocket);
+    checkObject(provider, 'provider');
+    checkFunction(options.peerCredentials, 'peerCredentials');
+    checkFunction(options.prepareSocket, 'prepareSocket');
     const observer = GuardedObserver.of(options.observer);
     this.#observer = observer;
     this.#tlsMode = tls?.mode;
