@@ -10,6 +10,7 @@ import { inOrder, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import type { MapLogs } from './map-logs.js';
 import { pagesOf } from './map-pages.js';
+import { loadLayers } from './overlay-loading.js';
 import { MAX_VID } from '../../sheepdog/object-ids.js';
 import { checkStore, type CheckedStore } from './store-check.js';
 import { TemporaryVdi, type TemporaryVdiHost } from './temporary-vdi.js';
@@ -100,6 +101,7 @@ export class LocalCatalog implements Catalog {
     await metadata.settled();
     const generation = metadata.flushedGeneration(vid) + 1;
     const map = await metadata.loadMap(record);
+    await loadLayers(this.#store, map);
     const vdi = new LocalVdi(this.#store, record, map, generation, logs.logOf(vid, generation), () =>
       this.#store.open.delete(vdi.record.vid),
     );
@@ -335,6 +337,7 @@ export class LocalCatalog implements Catalog {
       this.#lastVid = (this.#lastVid % MAX_VID) + 1;
       const vid = this.#lastVid;
       if (metadata.record(vid) || references.uses(vid) || this.#temporaries.has(vid)) continue;
+      if (this.#store.overlays.uses(vid)) continue;
       if (this.#store.keptVids.has(vid)) continue;
       if (this.#store.open.has(vid) || this.#namesNow(vid)) continue;
       return vid;

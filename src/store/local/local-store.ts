@@ -14,8 +14,12 @@ import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
 import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
-import { ObjectFiles, type SharedByFiles } from './object-files.js';
-import { idxOf, localObjectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { LayeredObjects, type Layers } from './layered-objects.js';
+import type { SharedByFiles } from './object-files.js';
+import { openLayers } from './open-layers.js';
+import { OverlayRemoval } from './overlay-removal.js';
+import type { Overlays } from './overlays.js';
+import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { removeCreation } from './store-directory.js';
 import { isDiskError } from './store-errors.js';
 import type { HolderRole, StoreLock } from './store-lock.js';
@@ -46,7 +50,8 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   readonly objects: DataObjects;
   readonly reads: CachedReads;
   readonly throttle: WriteThrottle;
-  readonly references = new ReferenceCounts();
+  readonly references: ReferenceCounts;
+  readonly overlays: Overlays;
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
   readonly state: StoreState;
@@ -64,6 +69,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   #isUnwanted = false;
   /** Why the reference counts are wrong: the next open counts them again. */
   #lost: Error | undefined;
+  readonly #records: OverlayRemoval;
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
 
@@ -71,7 +77,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     location: string,
     lock: StoreLock,
     metadata: Metadata,
-    objects: DataObjects,
+    layers: Layers,
     shared: SharedByFiles,
     options: LocalStoreOptions & Pick<LocalStore, 'readOnlyBecause'> & Pick<Found, 'isNew' | 'hasMadeDirectory'>,
   ) {
@@ -85,7 +91,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.identity = disk.realpathSync(location);
     this.#lock = lock;
     this.metadata = metadata;
-    this.objects = objects;
+    this.references = layers.references;
+    this.overlays = layers.overlays;
+    this.objects = new LayeredObjects(layers);
+    this.#records = new OverlayRemoval(metadata, this.overlays, (error) => this.backgroundError(error));
     this.log = options.log ?? (() => undefined);
     const logFailed = (error: unknown): void => {
       if (isDiskError(error)) metadata.suspectDisk();
@@ -129,14 +138,14 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
         throttle: new WriteThrottle(),
         onDiskError: () => metadata?.suspectDisk(),
       };
-      const { maxDescriptors } = options;
-      const objects = ObjectFiles.open(shared, root, { maxDescriptors, isReadOnly });
+      const layers = openLayers(shared, location, { ...options, isReadOnly }, () => metadata);
       if (!isReadOnly) openLogFolder(disk, location, isNew);
       const opened = isNew
         ? await Metadata.create(disk, location)
         : await Metadata.open(disk, location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, objects, shared, {
+      if (metadata.hasOverlayFormat && !isReadOnly) layers.segments.makeFolder();
+      const store = new LocalStore(location, lock, metadata, layers, shared, {
         ...options,
         ...found,
         readOnlyBecause,
@@ -231,13 +240,16 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       return;
     }
     if (this.references.drop(vidOf(key), idxOf(key)) > 0) return;
-    this.objects.remove(key, (error) => this.backgroundError(error));
+    if (this.overlays.baseOf(vidOf(key), idxOf(key)) !== 0) this.#records.add(key);
+    const below = this.objects.remove(key, (error) => this.backgroundError(error));
+    if (below !== undefined) this.#releaseOne(below);
   }
 
   /** Resolves when the space of all objects given up so far is free. */
   async reclaimed(): Promise<void> {
     while (this.#releasing.size > 0) await Promise.all(this.#releasing);
     await this.objects.removed();
+    await this.#records.stored();
   }
 
   discard(vdi: LocalVdi): void {
@@ -245,6 +257,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     for (const temporary of vdi.temporaries) temporary.leaveAllNow();
     try {
       if (stored) this.references.addAll(this.metadata.map(stored));
+      this.#goBackTo(vdi);
     } catch (error) {
       // The disk is gone. Nothing is released: the next open counts the references again.
       this.#lost ??= error as Error;
@@ -255,6 +268,25 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     vdi.abandon();
     this.release(vdi.releases);
     this.releaseMap(vdi.map);
+  }
+
+  /** Its overlays become what is stored of them, with the references that they hold. */
+  #goBackTo(vdi: LocalVdi): void {
+    for (const key of vdi.releases) {
+      if (!this.overlays.isDetached(key)) continue;
+      // What lies over it now has its reference; that one goes back below.
+      this.overlays.detach(key, false);
+      this.references.add(this.overlays.baseOf(vidOf(key), idxOf(key)), idxOf(key));
+    }
+    for (const key of vdi.unstoredOverlays) {
+      const vid = vidOf(key);
+      const idx = idxOf(key);
+      const before = this.overlays.reset(key);
+      const base = this.overlays.baseOf(vid, idx);
+      if (base === before) continue;
+      if (base !== vid) this.references.add(base, idx);
+      if (before !== vid) this.release([localObjectKey(before, idx)]);
+    }
   }
 
   backgroundError(error: unknown): void {

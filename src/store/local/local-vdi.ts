@@ -7,10 +7,13 @@ import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js'
 import type { StoreError } from '../store-error.js';
 import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
 import type { MapLog } from './map-log.js';
-import type { Metadata } from './metadata.js';
+import { OVERLAYS_PER_TRANSACTION, type Metadata } from './metadata.js';
+import { OverlayNotes } from './overlay-notes.js';
+import type { OverlayWrite } from './overlay-records.js';
+import type { Overlays } from './overlays.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
 import { ObjectSyncs, type SyncHost } from './object-syncs.js';
-import { localObjectKey } from './reference-counts.js';
+import { idxOf, localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 import { UnflushedChanges, type Batch } from './unflushed-changes.js';
@@ -23,6 +26,7 @@ const RELEASE_BATCH = 256;
 /** What a LocalVdi needs of its store. */
 export interface LocalVdiHost extends SyncHost {
   readonly metadata: Metadata;
+  readonly overlays: Overlays;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
@@ -60,6 +64,9 @@ export class LocalVdi implements ObjectVdi {
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
   readonly #log: MapLog;
+  readonly #notes: OverlayNotes;
+  /** Objects that were made as whole files where an overlay of the same name was. */
+  readonly #replacing = new Set<number>();
   readonly #onClosed: () => void;
 
   /**
@@ -82,6 +89,13 @@ export class LocalVdi implements ObjectVdi {
     this.#creationVid = record.vid;
     this.#log = log;
     this.#onClosed = onClosed;
+    this.#notes = new OverlayNotes(
+      this.#changes,
+      log,
+      host.overlays,
+      (idx) => this.map[idx] as number,
+      (key) => this.#giveUp(key),
+    );
   }
 
   get creationVid(): number {
@@ -137,6 +151,7 @@ export class LocalVdi implements ObjectVdi {
   }
 
   #writeOwned(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
+    if (this.#host.objects.isOverlay(owner, idx)) return this.#writeOver(owner, idx, offset, data);
     let later: Awaitable<void>;
     try {
       later = this.#host.objects.write(owner, idx, offset, data, this);
@@ -155,14 +170,47 @@ export class LocalVdi implements ObjectVdi {
       .then(() => this.#noteWritten(owner, idx));
   }
 
-  /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new file. */
-  async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
-    const { objects, references } = this.#host;
+  #writeOver(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const { objects } = this.#host;
+    let later: Awaitable<void>;
+    try {
+      later = objects.writeOver(owner, idx, offset, data, this.#notes, this);
+    } catch (error) {
+      const failure = error as Error;
+      later = Promise.reject(failure);
+    }
+    return later?.catch((error: unknown) =>
+      this.#afterFreeing(error, async () => objects.writeOver(owner, idx, offset, data, this.#notes, this)),
+    );
+  }
+
+  /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new object. */
+  createObject(idx: number, offset: number, data: Buffer, copyOf: number): Awaitable<void> {
     const vid = this.#creationVid;
+    this.#host.references.add(vid, idx);
+    if (copyOf === 0) return this.#createWhole(vid, idx, offset, data);
+    const create = (): Awaitable<void> =>
+      this.#host.objects.createOver(vid, idx, copyOf, offset, data, this.#notes, this);
+    let later: Awaitable<void>;
+    try {
+      later = create();
+    } catch (error) {
+      const failure = error as Error;
+      later = Promise.reject(failure);
+    }
+    return later
+      ?.catch((error: unknown) => this.#afterFreeing(error, async () => create()))
+      .catch((error: unknown) => {
+        this.#host.release([localObjectKey(vid, idx)]);
+        throw error;
+      });
+  }
+
+  async #createWhole(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+    const { objects } = this.#host;
     const key = localObjectKey(vid, idx);
-    const from = copyOf === 0 ? undefined : localObjectKey(copyOf, idx);
-    const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, from, this);
-    references.add(vid, idx);
+    const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, undefined, this);
+    if (objects.isOverlay(vid, idx)) this.#replaceOverlay(key);
     this.#changes.creating.add(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(error, create));
@@ -173,11 +221,28 @@ export class LocalVdi implements ObjectVdi {
     }
   }
 
+  /**
+   * An object is made whole under the name of an overlay that was trimmed, and that the stored map may refer to still. What the
+   * overlay had is not needed, also after a crash; what is below it is, until the next flush.
+   */
+  #replaceOverlay(key: number): void {
+    this.#notes.forgets(key);
+    const below = this.#host.objects.remove(key, (error) => this.#host.backgroundError(error));
+    if (below !== undefined) this.#giveUp(below);
+    this.#replacing.add(idxOf(key));
+  }
+
   async zeroObject(idx: number, offset: number, length: number, { noHole }: ZeroOptions): Promise<void> {
+    const { objects } = this.#host;
     const owner = this.map[idx] as number;
     const keeping = keepFor(this.temporaries, owner, idx, offset, length);
     if (keeping !== undefined) await keeping;
-    const zero = (): Promise<void> => this.#host.objects.zero(owner, idx, offset, length, noHole, this);
+    if (objects.isOverlay(owner, idx)) {
+      const zero = (): Promise<void> => objects.zeroOver(owner, idx, offset, length, noHole, this.#notes, this);
+      await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
+      return;
+    }
+    const zero = (): Promise<void> => objects.zero(owner, idx, offset, length, noHole, this);
     await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
     this.#noteWritten(owner, idx);
   }
@@ -208,20 +273,25 @@ export class LocalVdi implements ObjectVdi {
   setOwner(idx: number, owner: number): Awaitable<void> {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
-    if (owner !== 0) {
+    const isOverlay = owner !== 0 && this.#host.objects.isOverlay(owner, idx);
+    if (owner !== 0 && !isOverlay) {
       // Marked here and not in createObject, which has counted the reference: a sync skips objects without references.
       this.#changes.objects.add(localObjectKey(owner, idx));
       this.#changes.created.add(localObjectKey(owner, idx));
       this.#changes.creating.delete(localObjectKey(owner, idx));
     }
     this.map[idx] = owner;
-    const logged = this.#log.changed(idx, owner);
     this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
-    if (before !== 0) {
-      this.#changes.releases.push(localObjectKey(before, idx));
-      this.#releaseSoon();
-    }
-    return logged;
+    if (before !== 0) this.#giveUp(localObjectKey(before, idx));
+    if (isOverlay) return this.#notes.entered(idx, owner, before);
+    if (this.#replacing.delete(idx) && owner !== 0) return this.#log.madeWhole(idx, owner);
+    return this.#log.changed(idx, owner);
+  }
+
+  /** A reference that a stored map or overlay has: it counts until the next flush is durable. */
+  #giveUp(key: number): void {
+    this.#changes.releases.push(key);
+    this.#releaseSoon();
   }
 
   /** Called when a write has reached the file, not before: a sync in between does not cover the write. */
@@ -240,18 +310,28 @@ export class LocalVdi implements ObjectVdi {
 
   async flushObject(idx: number): Promise<void> {
     const page = Math.floor(idx / PAGE_ENTRIES);
-    const key = localObjectKey(this.map[idx] as number, idx);
+    const { objects, overlays } = this.#host;
+    const owner = this.map[idx] as number;
+    const key = localObjectKey(owner, idx);
+    const file = objects.fileOf(key);
+    // What is below an overlay is written only where nobody else refers to it.
+    const base = overlays.baseOf(owner, idx);
+    const mayBeBelow = base !== 0 && base !== owner && this.#host.references.of(base, idx) === 1;
     const plain =
       this.#pendingMove === undefined &&
       !this.#changes.pages.has(page) &&
       !this.#changes.inFlight?.pages.has(page) &&
       !this.#changes.recordChanged &&
-      !this.#changes.created.has(key);
+      !mayBeBelow &&
+      !this.#changes.overlays.has(key) &&
+      !this.#changes.inFlight?.overlays.has(key) &&
+      !this.#changes.created.has(file) &&
+      !this.#changes.inFlight?.created.has(file);
     if (!plain) return this.flush();
-    if (!this.#changes.objects.has(key)) return this.flush(); // the flush in flight may be syncing it: wait for that
+    if (!this.#changes.objects.has(file)) return this.flush(); // the flush in flight may be syncing it: wait for that
     this.#syncs.assertIntact();
-    // The object stays marked: writes during the sync need another sync.
-    await this.#syncs.sync([key]);
+    // The file stays marked: writes during the sync need another sync.
+    await this.#syncs.sync([file]);
   }
 
   /**
@@ -281,6 +361,11 @@ export class LocalVdi implements ObjectVdi {
   /** References that this VDI holds beside those of its map, one entry each. */
   get releases(): readonly number[] {
     return this.#changes.releases;
+  }
+
+  /** Overlays that are not stored as they are in memory. */
+  get unstoredOverlays(): Iterable<number> {
+    return this.#changes.unstoredOverlays;
   }
 
   /** Vids under which the metadata still has records that this VDI's `record` has superseded (after a snapshot that failed). */
@@ -319,6 +404,7 @@ export class LocalVdi implements ObjectVdi {
       run ??= this.#finishMove(frozen, batch, snapshot, {
         objects: flushing && !flushing.isDurable ? both(flushing.objects, batch.objects) : batch.objects,
         created: flushing && !flushing.isDurable ? both(flushing.created, batch.created) : batch.created,
+        overlays: flushing && !flushing.isDurable ? both(flushing.overlays, batch.overlays) : batch.overlays,
         pages: recordWasDurable
           ? [...pages].map((page) => ({ vid: snapshot.vid, page, entries: pageOf(frozen, page) }))
           : pagesOf(snapshot.vid, frozen),
@@ -337,7 +423,12 @@ export class LocalVdi implements ObjectVdi {
     frozen: Uint32Array,
     batch: Batch,
     snapshot: VdiRecord,
-    toStore: { objects: Iterable<number>; created: Iterable<number>; pages: readonly PageWrite[] },
+    toStore: {
+      objects: Iterable<number>;
+      created: Iterable<number>;
+      overlays: Iterable<number>;
+      pages: readonly PageWrite[];
+    },
   ): Promise<void> {
     const { record } = this;
     // The snapshot's references are counted before any is released: the VDI gives up references only with a later flush.
@@ -353,11 +444,14 @@ export class LocalVdi implements ObjectVdi {
       await this.#syncs.sync(toStore.objects);
       await this.#syncs.syncNames(toStore.created);
       await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
+      // Nobody changes these overlays now: the snapshot has them.
+      const overlays = await this.#storeOverlays(toStore.overlays, (key) => this.#host.overlays.stored(key));
       await this.#host.metadata.commit({
         records: [snapshot, record],
         flushed: [{ vid: record.vid, generation: batch.generation }],
         removed: batch.obsolete,
         pages: toStore.pages,
+        overlays,
       });
     } catch (error) {
       this.#undoMove(batch, snapshot.vid, frozen);
@@ -436,11 +530,14 @@ export class LocalVdi implements ObjectVdi {
     try {
       await this.#syncs.sync(batch.objects);
       await this.#syncs.syncNames(batch.created);
+      const overlays = await this.#storeOverlays(batch.overlays, (key) =>
+        batch.before.has(key) ? batch.before.get(key) : this.#host.overlays.stored(key),
+      );
       if (batch.recordChanged) {
         await this.#host.metadata.preparePages(pages);
-        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed });
-      } else if (pages.length > 0) {
-        await this.#host.metadata.commit({ pages, flushed });
+        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed, overlays });
+      } else if (pages.length > 0 || batch.overlays.size > 0) {
+        await this.#host.metadata.commit({ pages, flushed, overlays });
       }
       batch.isDurable = true;
       logged();
@@ -451,6 +548,26 @@ export class LocalVdi implements ObjectVdi {
       this.#changes.inFlight = undefined;
     }
     this.#host.release(batch.releases);
+  }
+
+  /**
+   * Store overlays before the map that refers to them, if they are many: they name no block whose data is not durable. Returns
+   * those that are to be stored with the map: few, and those that are gone.
+   */
+  async #storeOverlays(
+    keys: Iterable<number>,
+    of: (key: number) => OverlayWrite | undefined,
+  ): Promise<Map<number, OverlayWrite | undefined>> {
+    const all = [...new Set(keys)];
+    if (all.length <= OVERLAYS_PER_TRANSACTION) return new Map(all.map((key) => [key, of(key)]));
+    const gone = new Map<number, undefined>();
+    const isThere = (key: number): boolean => {
+      if (of(key) !== undefined) return true;
+      gone.set(key, undefined);
+      return false;
+    };
+    await this.#host.metadata.storeOverlays(all.filter(isThere), of);
+    return gone;
   }
 
   /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
