@@ -176,12 +176,13 @@ export class LayeredObjects implements DataObjects {
     vid: number,
     idx: number,
     base: number,
+    size: number,
     offset: number,
     data: Buffer,
     changes: OverlayChanges,
     who: unknown = vid,
   ): Awaitable<void> {
-    return this.#writes.create(vid, idx, base, offset, data, changes, who);
+    return this.#writes.create(vid, idx, base, size, offset, data, changes, who);
   }
 
   create(

@@ -37,6 +37,8 @@ export interface LocalStoreOptions {
   readonly mayCreate?: boolean;
   /** At most this many files are kept open; by default as many as the process's limit allows. */
   readonly maxDescriptors?: number;
+  /** For tests: every new object is an overlay, also where nothing is below. */
+  readonly makesOnlyOverlays?: boolean;
   /** The disk that the store is on; this machine's if not given. */
   readonly disk?: HostDisk;
 }
@@ -52,6 +54,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   readonly throttle: WriteThrottle;
   readonly references: ReferenceCounts;
   readonly overlays: Overlays;
+  readonly makesOnlyOverlays: boolean;
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
   readonly state: StoreState;
@@ -94,6 +97,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.references = layers.references;
     this.overlays = layers.overlays;
     this.objects = new LayeredObjects(layers);
+    this.makesOnlyOverlays = options.makesOnlyOverlays ?? false;
     this.#records = new OverlayRemoval(metadata, this.overlays, (error) => this.backgroundError(error));
     this.log = options.log ?? (() => undefined);
     const logFailed = (error: unknown): void => {

@@ -27,6 +27,8 @@ const RELEASE_BATCH = 256;
 export interface LocalVdiHost extends SyncHost {
   readonly metadata: Metadata;
   readonly overlays: Overlays;
+  /** For tests: objects that lie over nothing are overlays, too. */
+  readonly makesOnlyOverlays: boolean;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
@@ -188,9 +190,13 @@ export class LocalVdi implements ObjectVdi {
   createObject(idx: number, offset: number, data: Buffer, copyOf: number): Awaitable<void> {
     const vid = this.#creationVid;
     this.#host.references.add(vid, idx);
-    if (copyOf === 0) return this.#createWhole(vid, idx, offset, data);
-    const create = (): Awaitable<void> =>
-      this.#host.objects.createOver(vid, idx, copyOf, offset, data, this.#notes, this);
+    if (copyOf === 0 && !this.#host.makesOnlyOverlays) return this.#createWhole(vid, idx, offset, data);
+    const { objects } = this.#host;
+    if (copyOf === 0 && objects.isOverlay(vid, idx)) this.#replaceOverlay(localObjectKey(vid, idx));
+    // Over nothing, all of it is its own.
+    const over = copyOf === 0 ? vid : copyOf;
+    const size = 2 ** this.record.blockSizeShift;
+    const create = (): Awaitable<void> => objects.createOver(vid, idx, over, size, offset, data, this.#notes, this);
     let later: Awaitable<void>;
     try {
       later = create();

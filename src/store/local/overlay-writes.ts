@@ -294,6 +294,7 @@ export class OverlayWrites {
     vid: number,
     idx: number,
     below: number,
+    size: number,
     offset: number,
     data: Buffer,
     changes: OverlayChanges,
@@ -303,6 +304,7 @@ export class OverlayWrites {
     const key = localObjectKey(vid, idx);
     const isPossible =
       this.#layers.isReady &&
+      below !== vid &&
       !turns.isTaken(key) &&
       segments.isOpen(vid, idx >>> 8) &&
       overlays.inSegment(vid, idx >>> 8) > 0 &&
@@ -311,7 +313,7 @@ export class OverlayWrites {
     if (isPossible && this.#space.takeBack(key) === undefined) {
       const base = this.#visible(below, idx);
       if (overlays.depthOf(base, idx) < MAX_LAYERS) {
-        overlays.add(vid, idx, base, this.#size(base));
+        overlays.add(vid, idx, base, size);
         references.add(base, idx);
         if (data.length === 0) return;
         const quiet = new Quiet(changes);
@@ -319,7 +321,7 @@ export class OverlayWrites {
         return turns.run(key, () => this.#fillNew(vid, idx, offset, data, quiet, who));
       }
     }
-    return this.#createLater(vid, idx, below, offset, data, changes, who);
+    return this.#createLater(vid, idx, below, size, offset, data, changes, who);
   }
 
   /** The object at or below `base` that has a block or everything: overlays that lost all their blocks are passed over. */
@@ -331,11 +333,6 @@ export class OverlayWrites {
       if (overlays.next(at, idx, 0, overlays.blocks(at), true) < overlays.blocks(at)) return at;
       at = below;
     }
-  }
-
-  /** Bytes of an object. */
-  #size(vid: number): number {
-    return this.#layers.whole.lengthOf(vid) || this.#layers.segments.lengthOf(vid) / SEGMENT_OBJECTS;
   }
 
   #addedNew(vid: number, idx: number, offset: number, length: number): void {
@@ -370,6 +367,7 @@ export class OverlayWrites {
     vid: number,
     idx: number,
     below: number,
+    size: number,
     offset: number,
     data: Buffer,
     changes: OverlayChanges,
@@ -381,20 +379,32 @@ export class OverlayWrites {
     await this.#space.takeBack(key);
     await turns.run(key, async () => {
       const quiet = new Quiet(changes);
-      await this.#ensureSegment(vid, idx, this.#size(below), changes, who);
+      await this.#ensureSegment(vid, idx, size, changes, who);
       overlays.load(vid, idx);
       // It exists after an attempt that failed: what it has was to be written then, or is as below.
-      if (overlays.baseOf(vid, idx) === 0) {
+      if (below === vid) {
+        await this.#createOverNothing(vid, idx, size, who);
+      } else if (overlays.baseOf(vid, idx) === 0) {
         const base = this.#visible(below, idx);
         const isDeep = overlays.depthOf(base, idx) >= MAX_LAYERS;
         const over = isDeep ? this.#bottom(base, idx) : base;
-        overlays.add(vid, idx, over, this.#size(base));
+        overlays.add(vid, idx, over, size);
         references.add(over, idx);
         this.#empty.delete(segmentOf(key));
         if (isDeep) await this.#gather(vid, idx, base, over, quiet, who);
       }
-      if (data.length > 0) await this.#fillNew(vid, idx, offset, data, quiet, who);
+      if (data.length === 0) return;
+      if (below === vid) await this.#writeOwn(vid, idx, offset, data, quiet, who);
+      else await this.#fillNew(vid, idx, offset, data, quiet, who);
     });
+  }
+
+  /** What an earlier overlay of the name has left in the file would be its content. */
+  async #createOverNothing(vid: number, idx: number, size: number, who: unknown): Promise<void> {
+    const { overlays, segments } = this.#layers;
+    if (overlays.baseOf(vid, idx) === 0) overlays.add(vid, idx, vid, size);
+    this.#empty.delete(segmentOf(localObjectKey(vid, idx)));
+    await segments.zero(vid, idx >>> 8, this.#at(vid, idx, 0), size, false, who);
   }
 
   #bottom(base: number, idx: number): number {

@@ -60,7 +60,8 @@ export class RestoredVdi {
     if (kind === OWNER || kind === OVERLAID || kind === MADE_WHOLE) {
       if (kind === OVERLAID) {
         this.#objects.expectLength(value, this.#size);
-        this.#overlays.add(value, idx, before, this.#size);
+        // Over nothing, all of it is its own.
+        this.#overlays.add(value, idx, before === 0 ? value : before, this.#size);
         this.overlays.add(localObjectKey(value, idx));
       } else if (kind === MADE_WHOLE && this.#overlays.baseOf(value, idx) !== 0) {
         this.#overlays.remove(value, idx);
