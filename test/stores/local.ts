@@ -42,7 +42,7 @@ export const localStoreOfOverlays: StoreKind = {
   abilities: ABILITIES,
   effort: 1,
   sequences: { quick: 20, full: 60, long: 5000 },
-  start: () => Promise.resolve(new LocalUnderTest({ makesOnlyOverlays: true })),
+  start: () => Promise.resolve(new LocalUnderTest({ makesOnlyOverlays: true, mergeDelayMs: 0 })),
 };
 
 export const readOnlyLocalStore: StoreKind = {
@@ -83,6 +83,10 @@ class LocalUnderTest implements StoreUnderTest {
     await this.#close();
     fs.rmSync(this.directory, { recursive: true });
     this.directory = copy;
+  }
+
+  async settle(): Promise<void> {
+    await this.#store?.merger.settled();
   }
 
   async objects(): Promise<string[]> {

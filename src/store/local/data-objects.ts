@@ -119,6 +119,11 @@ export interface DataObjects {
   willNeed(vid: number, idx: number, offset: number, length: number, who?: unknown): Promise<void>;
   /** Data and holes of the range. At once if the object is known to have no holes. */
   extents(vid: number, idx: number, offset: number, length: number, sink: ExtentSink, who?: unknown): Awaitable<void>;
+  /**
+   * Which blocks of the objects of `owner` and `before` at idx may differ: the sink gets `changed` in place of `hole`. False if
+   * nothing is known, because neither lies over the other, or over the same.
+   */
+  changes(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean;
   /** Whether the object is known to have no hole. */
   isDense(vid: number, idx: number): boolean;
 

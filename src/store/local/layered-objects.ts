@@ -275,6 +275,38 @@ export class LayeredObjects implements DataObjects {
     }
   }
 
+  changes(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean {
+    const overlays = this.#overlays;
+    const over = this.#layersOf(owner, idx);
+    const under = this.#layersOf(before, idx);
+    const common = over.find((vid) => under.includes(vid));
+    if (common === undefined) return false;
+    const layers = [...over.slice(0, over.indexOf(common)), ...under.slice(0, under.indexOf(common))];
+    const endBlock = Math.ceil((offset + length) / OVERLAY_BLOCK);
+    for (let at = offset; at < offset + length;) {
+      const block = Math.floor(at / OVERLAY_BLOCK);
+      const having = layers.filter((vid) => overlays.has(vid, idx, block));
+      const isChanged = having.length > 0;
+      // The longest run of one of those that have the block; up to the next block that any of them has.
+      const ends = (isChanged ? having : layers).map((vid) => overlays.next(vid, idx, block, endBlock, !isChanged));
+      const end = isChanged ? Math.max(...ends) : Math.min(...ends, endBlock);
+      const to = Math.min(end * OVERLAY_BLOCK, offset + length);
+      if (!sink(at, to - at, isChanged)) return true;
+      at = to;
+    }
+    return true;
+  }
+
+  /** The object and those below it, from the top. */
+  #layersOf(vid: number, idx: number): number[] {
+    const layers = [vid];
+    for (let at = vid, base = this.#overlays.baseOf(at, idx); base !== 0 && base !== at;) {
+      layers.push((at = base));
+      base = this.#overlays.baseOf(at, idx);
+    }
+    return layers;
+  }
+
   isDense(vid: number, idx: number): boolean {
     return !this.isOverlay(vid, idx) && this.#whole.isDense(vid, idx);
   }

@@ -25,6 +25,8 @@ export interface CatalogHost extends LocalVdiHost, TemporaryVdiHost, CheckedStor
   readonly open: Map<number, LocalVdi>;
   releaseMap(map: Uint32Array, only?: Uint8Array): void;
   backgroundError(error: unknown): void;
+  /** A VDI was opened. */
+  opened(): void;
 }
 
 /** src/vdi makes the calls for one name one at a time. */
@@ -108,6 +110,7 @@ export class LocalCatalog implements Catalog {
     // After a VDI was discarded its temporary snapshots still have objects of its vid in their maps. Kept files may have the vid, too.
     if (this.#temporaries.size > 0 || this.#store.keptVids.has(vid)) vdi.nameAnew(this.#nextVid());
     this.#store.open.set(vid, vdi);
+    this.#store.opened();
     return vdi;
   }
 

@@ -8,7 +8,7 @@ import type { HostDisk } from '../../system/disk.js';
 import { hostDisk } from '../../system/real-disk.js';
 import type { ObjectStore, StoreState } from '../object-store.js';
 import { CachedReads } from './cached-reads.js';
-import { OBJECTS, type DataObjects } from './data-objects.js';
+import { OBJECTS } from './data-objects.js';
 import { isTmpfs } from './filesystem-abilities.js';
 import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
@@ -17,6 +17,7 @@ import { Metadata } from './metadata.js';
 import { LayeredObjects, type Layers } from './layered-objects.js';
 import type { SharedByFiles } from './object-files.js';
 import { openLayers } from './open-layers.js';
+import { OverlayMerger, type MergerHost } from './overlay-merger.js';
 import { OverlayRemoval } from './overlay-removal.js';
 import type { Overlays } from './overlays.js';
 import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
@@ -31,6 +32,8 @@ import { WriteThrottle } from './write-throttle.js';
 export interface LocalStoreOptions {
   /** For the operator: events that no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
+  /** The same, where nothing is wrong. */
+  readonly note?: (line: string, details?: object) => void;
   /** What this process is: shown to other processes that find the store locked. 'command' if not given. */
   readonly role?: HolderRole;
   /** Whether a store is created in a directory that is missing or empty; true if not given. */
@@ -39,28 +42,35 @@ export interface LocalStoreOptions {
   readonly maxDescriptors?: number;
   /** For tests: every new object is an overlay, also where nothing is below. */
   readonly makesOnlyOverlays?: boolean;
+  /** For tests: when merging of overlays begins after something was given up, milliseconds. */
+  readonly mergeDelayMs?: number;
   /** The disk that the store is on; this machine's if not given. */
   readonly disk?: HostDisk;
 }
 
-export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
+export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, MergerHost {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
   readonly metadata: Metadata;
   readonly disk: HostDisk;
-  readonly objects: DataObjects;
+  readonly objects: LayeredObjects;
   readonly reads: CachedReads;
   readonly throttle: WriteThrottle;
   readonly references: ReferenceCounts;
   readonly overlays: Overlays;
   readonly makesOnlyOverlays: boolean;
+  readonly mergeDelayMs: number | undefined;
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
   readonly state: StoreState;
   readonly #lock: StoreLock;
   /** For the operator: events that no caller waits for. */
   readonly log: (line: string, details?: object) => void;
+  /** The same, where nothing is wrong. */
+  readonly note: (line: string, details?: object) => void;
+  readonly layers: Layers;
+  readonly merger: OverlayMerger;
   readonly open = new Map<number, LocalVdi>();
   /** Vids in the names of object files that are kept without any reference: no new VDI or object may have them. */
   keptVids: ReadonlySet<number> = new Set();
@@ -97,9 +107,13 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.references = layers.references;
     this.overlays = layers.overlays;
     this.objects = new LayeredObjects(layers);
+    this.mergeDelayMs = options.mergeDelayMs;
     this.makesOnlyOverlays = options.makesOnlyOverlays ?? false;
     this.#records = new OverlayRemoval(metadata, this.overlays, (error) => this.backgroundError(error));
     this.log = options.log ?? (() => undefined);
+    this.note = options.note ?? (() => undefined);
+    this.layers = layers;
+    this.merger = new OverlayMerger(this);
     const logFailed = (error: unknown): void => {
       if (isDiskError(error)) metadata.suspectDisk();
       this.log('what is written until the next flush would be lost if this process were killed', { err: error });
@@ -206,7 +220,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   #inBackground(work: Promise<void>): void {
     const releasing = work
       .catch((error: unknown) => this.backgroundError(error))
-      .finally(() => this.#releasing.delete(releasing));
+      .finally(() => {
+        this.#releasing.delete(releasing);
+        if (this.overlays.size > 0) this.merger.look();
+      });
     this.#releasing.add(releasing);
   }
 
@@ -254,6 +271,14 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     while (this.#releasing.size > 0) await Promise.all(this.#releasing);
     await this.objects.removed();
     await this.#records.stored();
+  }
+
+  merged(vdi: LocalVdi): Promise<void> {
+    return this.merger.left(vdi);
+  }
+
+  opened(): void {
+    if (this.overlays.size > 0) this.merger.look();
   }
 
   discard(vdi: LocalVdi): void {
@@ -307,6 +332,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   async close(): Promise<void> {
     let clean = true;
     let failure: Error | undefined;
+    await this.merger.close();
     await this.catalog.dropTemporaries().catch((error: unknown) => (failure = error as Error));
     for (const vdi of this.open.values()) {
       try {

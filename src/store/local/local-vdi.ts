@@ -31,6 +31,8 @@ export interface LocalVdiHost extends SyncHost {
   readonly makesOnlyOverlays: boolean;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
+  /** Resolves when no merge works on this VDI. */
+  merged(vdi: LocalVdi): Promise<void>;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
   discard(vdi: LocalVdi): void;
   /** A flush that no caller waits for has failed. */
@@ -66,7 +68,9 @@ export class LocalVdi implements ObjectVdi {
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
   readonly #log: MapLog;
-  readonly #notes: OverlayNotes;
+  readonly notes: OverlayNotes;
+  /** It is being closed: no merge may begin. */
+  #isClosing = false;
   /** Objects that were made as whole files where an overlay of the same name was. */
   readonly #replacing = new Set<number>();
   readonly #onClosed: () => void;
@@ -91,7 +95,7 @@ export class LocalVdi implements ObjectVdi {
     this.#creationVid = record.vid;
     this.#log = log;
     this.#onClosed = onClosed;
-    this.#notes = new OverlayNotes(
+    this.notes = new OverlayNotes(
       this.#changes,
       log,
       host.overlays,
@@ -124,6 +128,26 @@ export class LocalVdi implements ObjectVdi {
   /** The VDI has users again. */
   resume(): void {
     this.#isIdle = false;
+    this.#isClosing = false;
+  }
+
+  mayMerge(vid: number, idx: number): boolean {
+    return !this.#isClosing && this.map[idx] === vid && this.exclusive(idx);
+  }
+
+  /** Temporary snapshots refer to the overlay by this map: it waits for their end. */
+  collapse(idx: number): boolean {
+    const { overlays } = this.#host;
+    const owner = this.map[idx] as number;
+    if (!this.mayMerge(owner, idx) || this.isKeptAside(idx)) return false;
+    const base = overlays.baseOf(owner, idx);
+    // The overlay's reference to what is below is the map's from here on.
+    overlays.detach(localObjectKey(owner, idx));
+    this.map[idx] = base;
+    this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
+    void this.#log.changed(idx, base);
+    this.#giveUp(localObjectKey(owner, idx));
+    return true;
   }
 
   // `this` is passed on for the share of threads: clones of one image share objects, but each has a share of its own.
@@ -142,6 +166,10 @@ export class LocalVdi implements ObjectVdi {
 
   isAllData(vid: number, idx: number): boolean {
     return this.#host.objects.isDense(vid, idx);
+  }
+
+  changedBlocks(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean {
+    return this.#host.objects.changes(owner, before, idx, offset, length, sink);
   }
 
   writeObject(idx: number, offset: number, data: Buffer): Awaitable<void> {
@@ -176,13 +204,13 @@ export class LocalVdi implements ObjectVdi {
     const { objects } = this.#host;
     let later: Awaitable<void>;
     try {
-      later = objects.writeOver(owner, idx, offset, data, this.#notes, this);
+      later = objects.writeOver(owner, idx, offset, data, this.notes, this);
     } catch (error) {
       const failure = error as Error;
       later = Promise.reject(failure);
     }
     return later?.catch((error: unknown) =>
-      this.#afterFreeing(error, async () => objects.writeOver(owner, idx, offset, data, this.#notes, this)),
+      this.#afterFreeing(error, async () => objects.writeOver(owner, idx, offset, data, this.notes, this)),
     );
   }
 
@@ -196,7 +224,7 @@ export class LocalVdi implements ObjectVdi {
     // Over nothing, all of it is its own.
     const over = copyOf === 0 ? vid : copyOf;
     const size = 2 ** this.record.blockSizeShift;
-    const create = (): Awaitable<void> => objects.createOver(vid, idx, over, size, offset, data, this.#notes, this);
+    const create = (): Awaitable<void> => objects.createOver(vid, idx, over, size, offset, data, this.notes, this);
     let later: Awaitable<void>;
     try {
       later = create();
@@ -215,7 +243,8 @@ export class LocalVdi implements ObjectVdi {
   async #createWhole(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
     const { objects } = this.#host;
     const key = localObjectKey(vid, idx);
-    const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, undefined, this);
+    const create = (): Promise<void> =>
+      objects.create(key, 2 ** this.record.blockSizeShift, offset, data, undefined, this);
     if (objects.isOverlay(vid, idx)) this.#replaceOverlay(key);
     this.#changes.creating.add(key);
     try {
@@ -232,7 +261,7 @@ export class LocalVdi implements ObjectVdi {
    * overlay had is not needed, also after a crash; what is below it is, until the next flush.
    */
   #replaceOverlay(key: number): void {
-    this.#notes.forgets(key);
+    this.notes.forgets(key);
     const below = this.#host.objects.remove(key, (error) => this.#host.backgroundError(error));
     if (below !== undefined) this.#giveUp(below);
     this.#replacing.add(idxOf(key));
@@ -244,7 +273,7 @@ export class LocalVdi implements ObjectVdi {
     const keeping = keepFor(this.temporaries, owner, idx, offset, length);
     if (keeping !== undefined) await keeping;
     if (objects.isOverlay(owner, idx)) {
-      const zero = (): Promise<void> => objects.zeroOver(owner, idx, offset, length, noHole, this.#notes, this);
+      const zero = (): Promise<void> => objects.zeroOver(owner, idx, offset, length, noHole, this.notes, this);
       await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
       return;
     }
@@ -289,7 +318,7 @@ export class LocalVdi implements ObjectVdi {
     this.map[idx] = owner;
     this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
     if (before !== 0) this.#giveUp(localObjectKey(before, idx));
-    if (isOverlay) return this.#notes.entered(idx, owner, before);
+    if (isOverlay) return this.notes.entered(idx, owner, before);
     if (this.#replacing.delete(idx) && owner !== 0) return this.#log.madeWhole(idx, owner);
     return this.#log.changed(idx, owner);
   }
@@ -345,10 +374,13 @@ export class LocalVdi implements ObjectVdi {
    * trusted then, and the next open begins with the durable content.
    */
   async close(): Promise<void> {
+    this.#isClosing = true;
+    await this.#host.merged(this);
     try {
       await this.flush();
     } catch (error) {
       if (this.#syncs.hasFailed) this.#host.discard(this);
+      else this.#isClosing = false;
       throw error;
     }
     // The references of this VDI keep the objects alive that temporary snapshots have not adopted yet.

@@ -13,7 +13,15 @@ import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
 import { asMetadataError } from './lmdb-failures.js';
 import { isEmptyPage, PAGE_ENTRIES, storedBytes, type PageWrite } from './map-pages.js';
-import { decodeGroup, encodeGroup, GROUP_OBJECTS, GROUP_SHIFT, damagedGroup, type OverlayWrite, type StoredOverlay } from './overlay-records.js';
+import {
+  decodeGroup,
+  encodeGroup,
+  GROUP_OBJECTS,
+  GROUP_SHIFT,
+  damagedGroup,
+  type OverlayWrite,
+  type StoredOverlay,
+} from './overlay-records.js';
 import { MetadataFile } from './metadata-file.js';
 import { makeRoomIn } from './metadata-reserve.js';
 import { RecordIndex } from './record-index.js';
@@ -182,7 +190,8 @@ export class Metadata {
   /** All records of overlays. Errors: IO. */
   *overlayGroups(): Generator<{ readonly vid: number; readonly group: number; readonly record: Uint8Array }> {
     this.#file.mustBeReadable();
-    for (const { key, value } of this.#overlays?.getRange({}) ?? []) yield { vid: key[0], group: key[1], record: value };
+    for (const { key, value } of this.#overlays?.getRange({}) ?? [])
+      yield { vid: key[0], group: key[1], record: value };
   }
 
   /** The record of a group; undefined if there is none. Errors: IO. */

@@ -15,7 +15,14 @@ import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import type { CachedReads } from './cached-reads.js';
 import type { FoundObject } from './data-objects.js';
 import { abilitiesOf, type Abilities } from './filesystem-abilities.js';
-import { FLAT_LAYOUT, makeFolders, OBJECT_LAYOUT, ObjectNames, type AsFailure, type FileLayout } from './object-names.js';
+import {
+  FLAT_LAYOUT,
+  makeFolders,
+  OBJECT_LAYOUT,
+  ObjectNames,
+  type AsFailure,
+  type FileLayout,
+} from './object-names.js';
 import { ObjectOpening } from './object-opening.js';
 import { ObjectRemoval } from './object-removal.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';

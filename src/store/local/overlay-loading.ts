@@ -37,7 +37,7 @@ export function countBases({ overlays, references }: StoreWithOverlays): number[
   const counted = new Set<number>();
   const unused: { readonly key: number; readonly base: number }[] = [];
   const count = (vid: number, idx: number): void => {
-    for (let at = vid, base = overlays.baseOf(at, idx); base !== 0 && base !== at; ) {
+    for (let at = vid, base = overlays.baseOf(at, idx); base !== 0 && base !== at;) {
       const isFirst = references.of(base, idx) === 0;
       references.add(base, idx);
       if (!isFirst) return;

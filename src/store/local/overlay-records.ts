@@ -52,10 +52,7 @@ export function storedOverlay(base: number, words: Uint32Array, at: number, coun
 }
 
 /** The record of a group; undefined if it has no overlay and need not be stored. `members`: one for each object of the group. */
-export function encodeGroup(
-  blocks: number,
-  members: readonly (StoredOverlay | undefined)[],
-): Buffer | undefined {
+export function encodeGroup(blocks: number, members: readonly (StoredOverlay | undefined)[]): Buffer | undefined {
   let words = HEAD_WORDS + 1;
   let isEmpty = true;
   for (const member of members) {

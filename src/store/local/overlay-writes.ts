@@ -338,13 +338,7 @@ export class OverlayWrites {
   #addedNew(vid: number, idx: number, offset: number, length: number): void {
     const { overlays, references } = this.#layers;
     const blocks = overlays.blocks(vid);
-    overlays.put(
-      vid,
-      idx,
-      Math.floor(offset / OVERLAY_BLOCK),
-      Math.ceil((offset + length) / OVERLAY_BLOCK),
-      true,
-    );
+    overlays.put(vid, idx, Math.floor(offset / OVERLAY_BLOCK), Math.ceil((offset + length) / OVERLAY_BLOCK), true);
     const base = overlays.baseOf(vid, idx);
     if (base === vid || overlays.next(vid, idx, 0, blocks, false) < blocks) return;
     overlays.rebase(vid, idx, vid);
@@ -445,13 +439,7 @@ export class OverlayWrites {
   }
 
   /** Make the segment file, if no overlay is in it. `size`: of an object, bytes. */
-  async #ensureSegment(
-    vid: number,
-    idx: number,
-    size: number,
-    changes: OverlayChanges,
-    who: unknown,
-  ): Promise<void> {
+  async #ensureSegment(vid: number, idx: number, size: number, changes: OverlayChanges, who: unknown): Promise<void> {
     const { overlays, segments } = this.#layers;
     const number = idx >>> 8;
     const segment = localObjectKey(vid, number);

@@ -125,7 +125,9 @@ export class Overlays {
   /** Whether the bitmap of the object is in memory. Everything below needs that. */
   isLoaded(vid: number, idx: number): boolean {
     const of = this.#vids.get(vid);
-    return of === undefined || of.bits[idx >>> GROUP_SHIFT] !== undefined || of.bases[idx >>> GROUP_SHIFT] === undefined;
+    return (
+      of === undefined || of.bits[idx >>> GROUP_SHIFT] !== undefined || of.bases[idx >>> GROUP_SHIFT] === undefined
+    );
   }
 
   /** Read the bitmaps of the object's group, if that was not done yet. Errors: DAMAGED, and those of reading. */

@@ -100,7 +100,8 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
   for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
   for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);
-  for (const key of leftovers) report(`orphan: data of object ${idxOf(key)} in ${objects.nameOf(key)}: no VDI refers to it`);
+  for (const key of leftovers)
+    report(`orphan: data of object ${idxOf(key)} in ${objects.nameOf(key)}: no VDI refers to it`);
   if (hidden > 0) problems.push(`... and ${hidden} more`);
   let repaired = 0;
   if (options.repair) {
@@ -121,7 +122,14 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
       repaired += aside.length;
     }
   }
-  return { objects: count, vdis: records.length, problems, orphans: orphans.length + leftovers.length, orphanBytes, repaired };
+  return {
+    objects: count,
+    vdis: records.length,
+    problems,
+    orphans: orphans.length + leftovers.length,
+    orphanBytes,
+    repaired,
+  };
 }
 
 function reportDamage(
