@@ -116,6 +116,8 @@ export interface ObjectVdi extends VdiControl, ObjectReader {
   readonly gathersFirstWrites?: boolean;
   /** A client is about to read this range of the disk, bytes: for stores that read ahead. Called once for each read. */
   noteRead?(offset: number, length: number): ReadCount;
+  /** `createObject` with `copyOf` copies the blocks around the edges of the data only. Absent: it copies the object. */
+  readonly copiesBlocks?: boolean;
   /** No other VDI or snapshot refers to the object at idx: it may be changed in place. Only for an allocated idx. */
   exclusive(idx: number): boolean;
   /**

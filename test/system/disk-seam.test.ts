@@ -68,6 +68,7 @@ test('only object-files.ts and its parts know names of files; only layered-objec
       .sort();
   expect(importersOf('object-files')).toEqual([
     'layered-objects.ts',
+    'layers.ts',
     'local-store.ts',
     'open-layers.ts',
     'overlay-writes.ts',

@@ -98,8 +98,9 @@ export interface DataObjects {
   ): Promise<void>;
   /**
    * Makes the object (vid, idx), of `size` bytes, an overlay over (base, idx), or over something further down with the same
-   * content, with `data` at `offset`. If `base` is `vid`, nothing is below. Counts its reference to what is below. Only `wrote`, `making` and `made` are called: who enters it in a map notes
-   * the rest. If this fails, an overlay may be left for the caller to `remove`.
+   * content, with `data` at `offset`. If `base` is `vid`, nothing is below. Counts its reference to what is below. Only `wrote`,
+   * `making` and `made` are called: who enters it in a map notes the rest. If this fails, an overlay may be left for the caller
+   * to `remove`.
    */
   createOver(
     vid: number,

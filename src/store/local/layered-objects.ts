@@ -10,35 +10,11 @@ import type { DataObjects, FoundObject, FoundSegment, OverlayChanges } from './d
 import type { KeyTurns } from './key-turns.js';
 import type { ObjectFiles } from './object-files.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
+import { isSegmentFile, segmentFile, segmentOfFile, type Layers } from './layers.js';
 import { OverlayWrites } from './overlay-writes.js';
 import { SEGMENT_OBJECTS, type Overlays } from './overlays.js';
 import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { SegmentSpace, segmentOf } from './segment-space.js';
-
-/** Added to the key of a segment file to tell it from the key of a whole object: above all of those. */
-const SEGMENT_FILE = 2 ** 45;
-
-/** The file of a segment, as `sync` and `syncNames` know it. */
-export function segmentFile(segment: number): number {
-  return SEGMENT_FILE + segment;
-}
-
-function isSegmentFile(file: number): boolean {
-  return file >= SEGMENT_FILE;
-}
-
-/** What an overlay and everything below it share. */
-export interface Layers {
-  readonly whole: ObjectFiles;
-  readonly segments: ObjectFiles;
-  readonly overlays: Overlays;
-  readonly references: ReferenceCounts;
-  readonly turns: KeyTurns;
-  /** Whether the store has the format with overlays, and the folder of segment files. */
-  readonly isReady: boolean;
-  /** Gives it both, durably. */
-  prepare(): Promise<void>;
-}
 
 export class LayeredObjects implements DataObjects {
   readonly #whole: ObjectFiles;
@@ -312,13 +288,13 @@ export class LayeredObjects implements DataObjects {
   }
 
   sync(file: number, who?: unknown): Promise<void> {
-    if (isSegmentFile(file)) return this.#segments.sync(file - SEGMENT_FILE, who);
+    if (isSegmentFile(file)) return this.#segments.sync(segmentOfFile(file), who);
     return this.#whole.sync(file, who);
   }
 
   isUnneeded(file: number): boolean {
     if (!isSegmentFile(file)) return this.#references.of(vidOf(file), idxOf(file)) === 0;
-    const segment = file - SEGMENT_FILE;
+    const segment = segmentOfFile(file);
     return this.#overlays.inSegment(vidOf(segment), idxOf(segment)) === 0;
   }
 
@@ -427,7 +403,7 @@ function split(files: Iterable<number>): { whole: number[]; segments: number[] }
   const whole: number[] = [];
   const segments: number[] = [];
   for (const file of files) {
-    if (isSegmentFile(file)) segments.push(file - SEGMENT_FILE);
+    if (isSegmentFile(file)) segments.push(segmentOfFile(file));
     else whole.push(file);
   }
   return { whole, segments };

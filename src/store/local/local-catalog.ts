@@ -11,6 +11,7 @@ import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import type { MapLogs } from './map-logs.js';
 import { pagesOf } from './map-pages.js';
 import { loadLayers } from './overlay-loading.js';
+import type { OverlayMerger } from './overlay-merger.js';
 import { MAX_VID } from '../../sheepdog/object-ids.js';
 import { checkStore, type CheckedStore } from './store-check.js';
 import { TemporaryVdi, type TemporaryVdiHost } from './temporary-vdi.js';
@@ -25,6 +26,7 @@ export interface CatalogHost extends LocalVdiHost, TemporaryVdiHost, CheckedStor
   readonly open: Map<number, LocalVdi>;
   releaseMap(map: Uint32Array, only?: Uint8Array): void;
   backgroundError(error: unknown): void;
+  readonly merger: OverlayMerger;
   /** A VDI was opened. */
   opened(): void;
 }
@@ -259,7 +261,10 @@ export class LocalCatalog implements Catalog {
 
   async usage(vid: number): Promise<Usage> {
     const opened = this.#temporaries.get(vid)?.temporary ?? this.#store.open.get(vid);
-    return this.#usageOf(opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid))));
+    const map = opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid)));
+    const usage = await this.#usageOf(map);
+    const { overlays, bytes } = await this.#store.merger.state(map);
+    return overlays === 0 ? usage : { ...usage, merging: { overlays, bytes } };
   }
 
   async usages(): Promise<ReadonlyMap<number, Usage>> {
@@ -287,7 +292,7 @@ export class LocalCatalog implements Catalog {
   }
 
   check(options: { readonly repair: boolean }): Promise<CheckReport> {
-    return checkStore(this.#store, options);
+    return this.#store.merger.still(() => checkStore(this.#store, options));
   }
 
   #working(

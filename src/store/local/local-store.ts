@@ -6,7 +6,7 @@
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
 import { hostDisk } from '../../system/real-disk.js';
-import type { ObjectStore, StoreState } from '../object-store.js';
+import type { Merging, ObjectStore, StoreState } from '../object-store.js';
 import { CachedReads } from './cached-reads.js';
 import { OBJECTS } from './data-objects.js';
 import { isTmpfs } from './filesystem-abilities.js';
@@ -14,7 +14,8 @@ import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
 import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
-import { LayeredObjects, type Layers } from './layered-objects.js';
+import { LayeredObjects } from './layered-objects.js';
+import type { Layers } from './layers.js';
 import type { SharedByFiles } from './object-files.js';
 import { openLayers } from './open-layers.js';
 import { OverlayMerger, type MergerHost } from './overlay-merger.js';
@@ -187,6 +188,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
   /** Shown to other processes: this one gives up the store when its running work has ended. */
   announceStop(): void {
     this.#lock.say('stopping daemon');
+  }
+
+  get merging(): Merging {
+    return this.merger;
   }
 
   async freeSpace(vdi: LocalVdi): Promise<void> {

@@ -7,7 +7,7 @@ import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js'
 import type { StoreError } from '../store-error.js';
 import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
 import type { MapLog } from './map-log.js';
-import { OVERLAYS_PER_TRANSACTION, type Metadata } from './metadata.js';
+import type { Metadata } from './metadata.js';
 import { OverlayNotes } from './overlay-notes.js';
 import type { OverlayWrite } from './overlay-records.js';
 import type { Overlays } from './overlays.js';
@@ -16,7 +16,7 @@ import { ObjectSyncs, type SyncHost } from './object-syncs.js';
 import { idxOf, localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
-import { UnflushedChanges, type Batch } from './unflushed-changes.js';
+import { both, UnflushedChanges, type Batch } from './unflushed-changes.js';
 
 /** Trimmed space is given back after this time at the latest, also if the client never flushes. */
 const RELEASE_DELAY_MS = 1000;
@@ -182,13 +182,7 @@ export class LocalVdi implements ObjectVdi {
 
   #writeOwned(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
     if (this.#host.objects.isOverlay(owner, idx)) return this.#writeOver(owner, idx, offset, data);
-    let later: Awaitable<void>;
-    try {
-      later = this.#host.objects.write(owner, idx, offset, data, this);
-    } catch (error) {
-      const failure = error as Error;
-      later = Promise.reject(failure);
-    }
+    const later = begun(() => this.#host.objects.write(owner, idx, offset, data, this));
     if (later === undefined) {
       this.#noteWritten(owner, idx);
       return;
@@ -202,16 +196,8 @@ export class LocalVdi implements ObjectVdi {
 
   #writeOver(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
     const { objects } = this.#host;
-    let later: Awaitable<void>;
-    try {
-      later = objects.writeOver(owner, idx, offset, data, this.notes, this);
-    } catch (error) {
-      const failure = error as Error;
-      later = Promise.reject(failure);
-    }
-    return later?.catch((error: unknown) =>
-      this.#afterFreeing(error, async () => objects.writeOver(owner, idx, offset, data, this.notes, this)),
-    );
+    const write = (): Awaitable<void> => objects.writeOver(owner, idx, offset, data, this.notes, this);
+    return begun(write)?.catch((error: unknown) => this.#afterFreeing(error, async () => write()));
   }
 
   /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new object. */
@@ -225,14 +211,7 @@ export class LocalVdi implements ObjectVdi {
     const over = copyOf === 0 ? vid : copyOf;
     const size = 2 ** this.record.blockSizeShift;
     const create = (): Awaitable<void> => objects.createOver(vid, idx, over, size, offset, data, this.notes, this);
-    let later: Awaitable<void>;
-    try {
-      later = create();
-    } catch (error) {
-      const failure = error as Error;
-      later = Promise.reject(failure);
-    }
-    return later
+    return begun(create)
       ?.catch((error: unknown) => this.#afterFreeing(error, async () => create()))
       .catch((error: unknown) => {
         this.#host.release([localObjectKey(vid, idx)]);
@@ -281,6 +260,9 @@ export class LocalVdi implements ObjectVdi {
     await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
     this.#noteWritten(owner, idx);
   }
+
+  /** An overlay has only the blocks that are written. */
+  readonly copiesBlocks = true;
 
   canZeroFast({ noHole }: ZeroOptions): boolean {
     return this.#host.objects.canZeroFast(noHole);
@@ -483,7 +465,7 @@ export class LocalVdi implements ObjectVdi {
       await this.#syncs.syncNames(toStore.created);
       await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
       // Nobody changes these overlays now: the snapshot has them.
-      const overlays = await this.#storeOverlays(toStore.overlays, (key) => this.#host.overlays.stored(key));
+      const overlays = await this.#storeOverlays(toStore.overlays);
       await this.#host.metadata.commit({
         records: [snapshot, record],
         flushed: [{ vid: record.vid, generation: batch.generation }],
@@ -568,9 +550,7 @@ export class LocalVdi implements ObjectVdi {
     try {
       await this.#syncs.sync(batch.objects);
       await this.#syncs.syncNames(batch.created);
-      const overlays = await this.#storeOverlays(batch.overlays, (key) =>
-        batch.before.has(key) ? batch.before.get(key) : this.#host.overlays.stored(key),
-      );
+      const overlays = await this.#storeOverlays(batch.overlays, batch.before);
       if (batch.recordChanged) {
         await this.#host.metadata.preparePages(pages);
         await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed, overlays });
@@ -588,24 +568,12 @@ export class LocalVdi implements ObjectVdi {
     this.#host.release(batch.releases);
   }
 
-  /**
-   * Store overlays before the map that refers to them, if they are many: they name no block whose data is not durable. Returns
-   * those that are to be stored with the map: few, and those that are gone.
-   */
-  async #storeOverlays(
-    keys: Iterable<number>,
-    of: (key: number) => OverlayWrite | undefined,
-  ): Promise<Map<number, OverlayWrite | undefined>> {
-    const all = [...new Set(keys)];
-    if (all.length <= OVERLAYS_PER_TRANSACTION) return new Map(all.map((key) => [key, of(key)]));
-    const gone = new Map<number, undefined>();
-    const isThere = (key: number): boolean => {
-      if (of(key) !== undefined) return true;
-      gone.set(key, undefined);
-      return false;
-    };
-    await this.#host.metadata.storeOverlays(all.filter(isThere), of);
-    return gone;
+  /** `before`: what those were that have changed since. Returns those that are to be stored with the map. */
+  #storeOverlays(keys: Iterable<number>, before?: Batch['before']): Promise<Map<number, OverlayWrite | undefined>> {
+    const { metadata, overlays } = this.#host;
+    return metadata.storeOverlaysAhead(overlays.fromBelow(keys), (key) =>
+      before?.has(key) ? before.get(key) : overlays.stored(key),
+    );
   }
 
   /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
@@ -614,12 +582,12 @@ export class LocalVdi implements ObjectVdi {
   }
 }
 
-/** Can be iterated more than once. */
-function both(first: Iterable<number>, second: Iterable<number>): Iterable<number> {
-  return {
-    *[Symbol.iterator]() {
-      yield* first;
-      yield* second;
-    },
-  };
+/** A call that fails at once fails like one that fails later. */
+function begun(call: () => Awaitable<void>): Awaitable<void> {
+  try {
+    return call();
+  } catch (error) {
+    const failure = error as Error;
+    return Promise.reject(failure);
+  }
 }

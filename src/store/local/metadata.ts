@@ -201,15 +201,33 @@ export class Metadata {
   }
 
   /**
-   * Store overlays, in several transactions: for overlays that no stored map names yet, and for blocks whose data is durable.
-   * `of` is asked for each key at the moment when it is stored.
+   * Store overlays, in several transactions and in this order: for overlays that no stored map names yet, and for blocks whose data
+   * is durable. `of` is asked for each key at the moment when it is stored.
    */
-  async storeOverlays(keys: Iterable<number>, of: (key: number) => OverlayWrite | undefined): Promise<void> {
-    const sorted = Float64Array.from(keys).sort();
-    for (let from = 0; from < sorted.length; from += OVERLAYS_PER_TRANSACTION) {
-      const part = sorted.subarray(from, from + OVERLAYS_PER_TRANSACTION);
-      await this.commit({ overlays: new Map(Array.from(part, (key) => [key, of(key)])) });
+  async storeOverlays(keys: readonly number[], of: (key: number) => OverlayWrite | undefined): Promise<void> {
+    for (let from = 0; from < keys.length; from += OVERLAYS_PER_TRANSACTION) {
+      const part = keys.slice(from, from + OVERLAYS_PER_TRANSACTION);
+      await this.commit({ overlays: new Map(part.map((key) => [key, of(key)])) });
     }
+  }
+
+  /**
+   * The same, before the map that refers to them is stored, if they are many. Returns those that are to be stored with the map:
+   * few, and those that are gone.
+   */
+  async storeOverlaysAhead(
+    keys: readonly number[],
+    of: (key: number) => OverlayWrite | undefined,
+  ): Promise<Map<number, OverlayWrite | undefined>> {
+    if (keys.length <= OVERLAYS_PER_TRANSACTION) return new Map(keys.map((key) => [key, of(key)]));
+    const gone = new Map<number, undefined>();
+    const isThere = (key: number): boolean => {
+      if (of(key) !== undefined) return true;
+      gone.set(key, undefined);
+      return false;
+    };
+    await this.storeOverlays(keys.filter(isThere), of);
+    return gone;
   }
 
   /** The disk of the store has failed on another file. */

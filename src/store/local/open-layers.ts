@@ -5,7 +5,7 @@
 import path from 'node:path';
 import { KeyTurns } from './key-turns.js';
 import { OBJECTS } from './data-objects.js';
-import type { Layers } from './layered-objects.js';
+import type { Layers } from './layers.js';
 import type { Metadata } from './metadata.js';
 import { ObjectFiles, usualDescriptors, type SharedByFiles } from './object-files.js';
 import { Overlays } from './overlays.js';

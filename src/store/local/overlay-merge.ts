@@ -4,9 +4,8 @@
  * moment, also after a crash in between. Owns which way is cheaper, and the order in which a step becomes durable. Does not decide
  * when to merge: overlay-merger.ts does.
  */
-import type { OverlayChanges } from './data-objects.js';
-import type { Layers, LayeredObjects } from './layered-objects.js';
-import { segmentFile } from './layered-objects.js';
+import type { DataObjects, OverlayChanges } from './data-objects.js';
+import { segmentFile, type Layers } from './layers.js';
 import type { Metadata } from './metadata.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
 import { SEGMENT_OBJECTS } from './overlays.js';
@@ -29,7 +28,7 @@ export interface MergingVdi {
 
 export interface MergeHost {
   readonly layers: Layers;
-  readonly objects: LayeredObjects;
+  readonly objects: DataObjects;
   readonly metadata: Metadata;
   release(keys: readonly number[]): void;
 }

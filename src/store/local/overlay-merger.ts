@@ -4,6 +4,7 @@
  * overlay-merge.ts. Nothing of it is stored: after a crash the next look finds what is left.
  */
 import { performance } from 'node:perf_hooks';
+import type { Merging, MergeState } from '../object-store.js';
 import { OverlayMerge, type MergeHost, type MergePlan } from './overlay-merge.js';
 import type { LocalVdi } from './local-vdi.js';
 import { loadChain } from './overlay-loading.js';
@@ -25,15 +26,6 @@ const LOOK_DELAY_MS = 500;
 /** After an error, and where something has to wait, for a temporary snapshot for example. */
 const RETRY_MS = 10_000;
 
-/** What is to be done. */
-export interface MergeState {
-  /** Objects that are to be merged. */
-  readonly overlays: number;
-  /** Bytes that have to be moved for that. */
-  readonly bytes: number;
-  readonly isPaused: boolean;
-}
-
 export interface MergerHost extends MergeHost {
   readonly open: ReadonlyMap<number, LocalVdi>;
   /** How long a look waits for more to come. */
@@ -51,7 +43,7 @@ interface Work {
   readonly bottom: number | undefined;
 }
 
-export class OverlayMerger {
+export class OverlayMerger implements Merging {
   readonly #host: MergerHost;
   readonly #merge: OverlayMerge;
   #timer: NodeJS.Timeout | undefined;
@@ -59,6 +51,7 @@ export class OverlayMerger {
   #isWanted = false;
   #isPaused = false;
   #isClosed = false;
+  #holds = 0;
   /** The VDI whose overlay a step is working on. */
   #current: { readonly vdi: LocalVdi | undefined; readonly done: Promise<unknown> } | undefined;
   #wake: (() => void) | undefined;
@@ -79,6 +72,19 @@ export class OverlayMerger {
     if (!isPaused) this.look();
   }
 
+  /** Do `work` while no step runs and none begins: it wants to see a store in which nothing changes. */
+  async still<T>(work: () => Promise<T>): Promise<T> {
+    this.#holds++;
+    try {
+      this.#wake?.();
+      await this.#working;
+      return await work();
+    } finally {
+      this.#holds--;
+      this.look();
+    }
+  }
+
   /** Resolves when no step works on this VDI. */
   async left(vdi: LocalVdi): Promise<void> {
     while (this.#current?.vdi === vdi) await this.#current.done.catch(() => undefined);
@@ -91,7 +97,7 @@ export class OverlayMerger {
       this.#timer = undefined;
       this.#begin();
       await this.#working;
-      if (!this.#isWanted || this.#isPaused || this.#isClosed) return;
+      if (!this.#isWanted || this.#isStopped) return;
     }
   }
 
@@ -103,7 +109,7 @@ export class OverlayMerger {
     await this.#working;
   }
 
-  /** What is left to be done: of one map, or of the whole store. Looks at each overlay, in time slices. */
+  /** Of one map, or of the whole store. Looks at each overlay, in time slices. */
   async state(map?: Uint32Array): Promise<MergeState> {
     const slice = new TimeSlice();
     let overlays = 0;
@@ -143,7 +149,7 @@ export class OverlayMerger {
   }
 
   #begin(): void {
-    if (this.#isClosed || this.#isPaused || this.#working !== undefined) return;
+    if (this.#isStopped || this.#working !== undefined) return;
     this.#isWanted = false;
     this.#working = this.#pass()
       .catch((error: unknown) => {
@@ -183,7 +189,7 @@ export class OverlayMerger {
   }
 
   get #isStopped(): boolean {
-    return this.#isClosed || this.#isPaused;
+    return this.#isClosed || this.#isPaused || this.#holds > 0;
   }
 
   #isWork(key: number, base: number): boolean {

@@ -6,7 +6,7 @@
  */
 import type { Awaitable } from '../vdi-record.js';
 import type { DataObjects, OverlayChanges } from './data-objects.js';
-import { segmentFile, type Layers } from './layered-objects.js';
+import { segmentFile, type Layers } from './layers.js';
 import { MAX_LOOP_WRITE } from './object-files.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
 import { SEGMENT_OBJECTS } from './overlays.js';

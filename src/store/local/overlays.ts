@@ -98,6 +98,16 @@ export class Overlays {
     return depth;
   }
 
+  /**
+   * The keys, those below before those over them: blocks that an overlay has given to the one below must not be missing in both.
+   * Neighbours stay together, because they share records.
+   */
+  fromBelow(keys: Iterable<number>): number[] {
+    const depths = new Map<number, number>();
+    for (const key of keys) depths.set(key, this.depthOf(vidOf(key), idxOf(key)));
+    return [...depths].sort(([a, depth], [b, other]) => depth - other || a - b).map(([key]) => key);
+  }
+
   /** All keys (localObjectKey) with their bases, in no order. */
   *entries(): Generator<{ readonly key: number; readonly base: number }> {
     for (const [vid, of] of this.#vids) {

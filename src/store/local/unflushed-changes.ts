@@ -109,3 +109,13 @@ export class UnflushedChanges {
     return false;
   }
 }
+
+/** Can be iterated more than once. */
+export function both(first: Iterable<number>, second: Iterable<number>): Iterable<number> {
+  return {
+    *[Symbol.iterator]() {
+      yield* first;
+      yield* second;
+    },
+  };
+}
