@@ -219,13 +219,13 @@ export class LayeredObjects implements DataObjects {
   ): Promise<void> {
     const start = this.#at(vid, idx, 0);
     const end = offset + length;
-    const walk = { at: offset, isStopped: false };
+    /** The end of what was reported; -1 when no more is wanted. */
+    const walk = { at: offset };
     const note: ExtentSink = (at, size, hole) => {
-      walk.at = at + size;
-      walk.isStopped = !sink(at, size, hole);
-      return !walk.isStopped;
+      walk.at = sink(at, size, hole) ? at + size : -1;
+      return walk.at >= 0;
     };
-    while (walk.at < end && !walk.isStopped) {
+    while (walk.at >= 0 && walk.at < end) {
       // One part at a time: the overlay may change while the question is asked. Given up meanwhile: the rest counts as data.
       if (!this.isOverlay(vid, idx)) return;
       const { at } = walk;
@@ -238,7 +238,7 @@ export class LayeredObjects implements DataObjects {
         const later = this.extents(owner, idx, at, to - at, note, who);
         if (later !== undefined) await later;
       }
-      if (!walk.isStopped && walk.at < to) note(walk.at, to - walk.at, false);
+      if (walk.at >= 0 && walk.at < to) note(walk.at, to - walk.at, false);
     }
   }
 
