@@ -14,6 +14,7 @@ import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
 import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
+import { MetadataCopies, mustBeOfCopies, type CopyTimes } from './metadata-copies.js';
 import { ObjectFiles, type SharedByFiles } from './object-files.js';
 import { idxOf, localObjectKey, ReferenceCounts, vidOf } from './reference-counts.js';
 import { removeCreation } from './store-directory.js';
@@ -33,6 +34,8 @@ export interface LocalStoreOptions {
   readonly mayCreate?: boolean;
   /** At most this many files are kept open; by default as many as the process's limit allows. */
   readonly maxDescriptors?: number;
+  /** How often the metadata is copied in the background. */
+  readonly copies?: CopyTimes;
   /** The disk that the store is on; this machine's if not given. */
   readonly disk?: HostDisk;
 }
@@ -49,6 +52,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   readonly references = new ReferenceCounts();
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
+  readonly copies: MetadataCopies;
   readonly state: StoreState;
   readonly #lock: StoreLock;
   /** For the operator: events that no caller waits for. */
@@ -92,6 +96,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       this.log('what is written until the next flush would be lost if this process were killed', { err: error });
     };
     this.logs = new MapLogs(disk, location, logFailed, shared.throttle);
+    this.copies = new MetadataCopies(this, options.copies);
     this.catalog = new LocalCatalog(this);
     this.state = {
       isShared: false,
@@ -134,15 +139,22 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       if (!isReadOnly) openLogFolder(disk, location, isNew);
       const opened = isNew
         ? await Metadata.create(disk, location)
-        : await Metadata.open(disk, location, { readOnly: isReadOnly });
+        : await Metadata.open(disk, location, {
+            readOnly: isReadOnly,
+            mustFit: (found) => mustBeOfCopies(disk, location, found),
+          });
       metadata = opened.metadata;
       const store = new LocalStore(location, lock, metadata, objects, shared, {
         ...options,
         ...found,
         readOnlyBecause,
       });
-      if (readOnlyBecause === undefined) await recover(store, opened.clean);
-      else takeAsItIs(store, readOnlyBecause, opened.clean);
+      if (readOnlyBecause === undefined) {
+        store.copies.begin(metadata.wasRecorded);
+        metadata.noter = store.copies;
+        await recover(store, opened.clean);
+        store.copies.started();
+      } else takeAsItIs(store, readOnlyBecause, opened.clean);
       return store;
     } catch (error) {
       await metadata?.close({ clean: false }).catch(() => undefined);
@@ -164,6 +176,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
 
   async freeSpace(vdi: LocalVdi): Promise<void> {
     this.catalog.makeRoom();
+    this.copies.makeRoom();
     await vdi.flush();
     await this.reclaimed();
   }
@@ -284,12 +297,17 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     await this.reclaimed();
     await this.objects.close();
     failure ??= this.#lost;
+    const isEmpty = failure === undefined && this.metadata.records().length === 0;
+    const unwanted = this.#isUnwanted && isEmpty ? this.#made : undefined;
+    const mayCopy = clean && this.readOnlyBecause === undefined;
+    await this.copies.close({ isClean: mayCopy && this.#lost === undefined && !unwanted });
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
       .catch((error: unknown) => (failure ??= error as Error));
-    const isEmpty = failure === undefined && this.metadata.records().length === 0;
-    if (this.#isUnwanted && this.#made && isEmpty)
-      removeCreation(this.disk, this.location, this.#made.hasMadeDirectory);
+    if (unwanted && failure === undefined) {
+      this.copies.remove();
+      removeCreation(this.disk, this.location, unwanted.hasMadeDirectory);
+    }
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }
