@@ -77,7 +77,7 @@ async function rescueAction(dir: string, to: string | undefined, options: Rescue
   });
   const unreadable = built?.unreadable ?? [];
   if (!plan.isCertain || unreadable.length > 0) io().exitCode = 1;
-  if (options.json) return printJson(planJson(plan, to, built));
+  if (options.json) return void printJson(planJson(plan, to, built));
   for (const file of unreadable)
     printLine(`unreadable: ${file}: left out; 'sheepgate check' lists where it is missing`);
   if (built)

@@ -299,8 +299,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     failure ??= this.#lost;
     const isEmpty = failure === undefined && this.metadata.records().length === 0;
     const unwanted = this.#isUnwanted && isEmpty ? this.#made : undefined;
-    const mayCopy = clean && this.readOnlyBecause === undefined;
-    await this.copies.close({ isClean: mayCopy && this.#lost === undefined && !unwanted });
+    await this.copies.close({ isClean: clean && this.#lost === undefined && !unwanted });
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
       .catch((error: unknown) => (failure ??= error as Error));

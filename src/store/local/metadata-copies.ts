@@ -56,6 +56,8 @@ export interface CopiedStore {
   readonly disk: HostDisk;
   readonly location: string;
   readonly metadata: Metadata;
+  /** Nothing is copied or recorded then. */
+  readonly readOnlyBecause: string | undefined;
   /** For the operator. */
   log(line: string, details?: object): void;
 }
@@ -239,6 +241,7 @@ export class MetadataCopies implements ChangeNoter {
 
   /** New objects of the working VDI `of` get the vid `vid`, which has no record. */
   names(vid: number, of: number): void {
+    if (this.#store.readOnlyBecause !== undefined) return;
     this.#creationVids.set(vid, of);
     void this.#record.append([{ names: vid, for: of }]);
     this.#schedule();
@@ -246,6 +249,7 @@ export class MetadataCopies implements ChangeNoter {
 
   /** Whether something has changed since the newest copy. */
   #isNeeded(): boolean {
+    if (this.#store.readOnlyBecause !== undefined) return false;
     if (this.#newest === undefined) return this.#store.metadata.records().length > 0;
     return this.#record.isBroken || this.#record.last > this.#newest.change;
   }
@@ -430,10 +434,10 @@ export class MetadataCopies implements ChangeNoter {
     );
   }
 
-  /** What is wrong with the copies, one line each; for `check`. Makes a copy first, if one is needed and `mayCopy`. */
-  async problems({ mayCopy }: { readonly mayCopy: boolean }): Promise<string[]> {
+  /** What is wrong with the copies, one line each; for `check`. Makes a copy first, if one is needed. */
+  async problems(): Promise<string[]> {
     const { disk, metadata } = this.#store;
-    if (mayCopy && this.#isNeeded()) await this.copy(true);
+    if (this.#isNeeded()) await this.copy(true);
     const problems: string[] = [];
     const names = disk.existsSync(this.#directory) ? disk.readdirSync(this.#directory) : [];
     let whole = 0;

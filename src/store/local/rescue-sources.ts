@@ -11,7 +11,7 @@ import type { NumberedChange } from './change-format.js';
 import { changesFiles, readChanges } from './change-record.js';
 import { OBJECTS } from './data-objects.js';
 import { databasesOf, entriesOf, pagesOfFile, readAll, readMeta, type LmdbState } from './lmdb-pages.js';
-import { FORMAT_VERSION, META_FILE } from './metadata.js';
+import { META_FILE } from './metadata.js';
 import { readCopy, type CopyHeader } from './metadata-copy-format.js';
 import { COPIES, copyFiles, CREATION_VIDS } from './metadata-copies.js';
 import { ObjectNames } from './object-names.js';
@@ -21,6 +21,8 @@ import { PAGE_ENTRIES } from './map-pages.js';
 
 /** Unit of st_blocks, stat(2). */
 const STATUS_BLOCK = 512;
+/** Formats whose objects and maps a rescue understands; not FORMAT_VERSION, which may be ahead of it. */
+const KNOWN_FORMATS = new Set(['1']);
 /** Damaged parts that are listed. */
 const MAX_PROBLEMS = 20;
 /** Databases of meta.mdb that a rescue understands, or need not: `state` is about clients that are gone. */
@@ -85,13 +87,13 @@ export class MetadataState {
     return map;
   }
 
-  /** Errors: FORMAT (of a newer version). */
+  /** Errors: FORMAT (of another format than a rescue knows). */
   mustBeKnown(file: string): void {
     const format = this.info.get('format');
-    if (format === undefined || format === String(FORMAT_VERSION)) return;
+    if (format === undefined || KNOWN_FORMATS.has(format)) return;
     throw new StoreError(
       'FORMAT',
-      `${file} has store format ${format}, this sheepgate knows format ${FORMAT_VERSION}; use the newer sheepgate`,
+      `${file} has store format ${format}, and this sheepgate can rescue format ${[...KNOWN_FORMATS].join()}; use a newer sheepgate`,
     );
   }
 }

@@ -8,7 +8,7 @@ import { hostDisk } from '../../system/real-disk.js';
 import { StoreError } from '../store-error.js';
 import { buildRescued, mustBeNew, type BuildOptions, type Built } from './rescue-build.js';
 import { planRescue, type RescuePlan } from './rescue-plan.js';
-import { StoreLock } from './store-lock.js';
+import { StoreLock, StoreLockedError } from './store-lock.js';
 
 export interface RescueOptions extends BuildOptions {
   /** Called with the plan before anything is made. */
@@ -35,7 +35,7 @@ export async function rescueStore(from: string, to: string | undefined, options:
   const directory = path.resolve(from);
   if (!disk.statSync(directory)?.isDirectory()) throw new StoreError('NO_STORE', `${from} is not a directory`);
   if (to !== undefined) mustBeNew(disk, directory, to);
-  const lock = StoreLock.take(disk, directory, 'command', { isReadOnly: true });
+  const lock = lockToRead(disk, directory);
   try {
     const plan = await planRescue(disk, directory);
     if (plan.base === 'nothing' && plan.lost.length === 0)
@@ -50,5 +50,17 @@ export async function rescueStore(from: string, to: string | undefined, options:
     return { plan, built: await buildRescued(disk, plan, to, options) };
   } finally {
     lock.release();
+  }
+}
+
+/** Errors: LOCKED, those of the disk. */
+function lockToRead(disk: HostDisk, directory: string): StoreLock {
+  try {
+    return StoreLock.take(disk, directory, 'command', { isReadOnly: true });
+  } catch (error) {
+    if (!(error instanceof StoreLockedError)) throw error;
+    throw new StoreError('LOCKED', `${error.message}; stop it first: a rescue needs files that nobody changes`, {
+      cause: error,
+    });
   }
 }

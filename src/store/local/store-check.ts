@@ -22,9 +22,8 @@ export interface CheckedStore {
   readonly objects: DataObjects;
   readonly references: ReferenceCounts;
   readonly open: ReadonlyMap<number, LocalVdi>;
-  readonly readOnlyBecause: string | undefined;
   /** Of the metadata: what is wrong with them. */
-  readonly copies: { problems(options: { readonly mayCopy: boolean }): Promise<string[]> };
+  readonly copies: { problems(): Promise<string[]> };
   keptVids: ReadonlySet<number>;
   keepsUntold: boolean;
   /** Resolves when the space of all removed objects is free. */
@@ -76,8 +75,7 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
         (isUntold ? 'kept by this start: look first, then run check --repair again' : '--repair removes them'),
     );
   }
-  const mayCopy = store.readOnlyBecause === undefined;
-  for (const problem of await store.copies.problems({ mayCopy })) report(problem);
+  for (const problem of await store.copies.problems()) report(problem);
   for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
   for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);
