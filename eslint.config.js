@@ -50,6 +50,8 @@ const DOORS = [
     files: ['src/operations/inspect-cluster.ts'],
     to: ['store/sheep', 'store/sheep/**', 'store/sheep/deep', 'store/sheep/deep/**'],
   },
+  // A rescue is done on the files of a store that may not open.
+  { files: ['src/operations/rescue-store.ts'], to: ['store/local', 'store/local/rescue.js'] },
   { files: ['src/operations/open-operations.ts'], to: ['store/local', 'store/local/store-lock.js'] },
 ];
 

@@ -33,6 +33,7 @@ const COMMANDS: Loaders = {
   backup: async () => (await import('./backup.js')).backupCommand(),
   restore: async () => (await import('./restore.js')).restoreCommand(),
   migrate: async () => (await import('./migrate.js')).migrateCommand(),
+  store: async (words) => (await import('./store.js')).storeCommand(words),
   check: async () => (await import('./check.js')).checkCommand(),
   cluster: async () => (await import('./cluster.js')).clusterCommand(),
   node: async () => (await import('./cluster.js')).nodeCommand(),

@@ -54,7 +54,7 @@ test('a creation that is killed at any point leaves no store or a whole one, and
     await catalog.create('disk', 2 ** 20);
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
     await catalog.close();
-    expect(fs.readdirSync(directory).sort()).toEqual(['lock', 'meta.mdb', 'objects', 'recent']);
+    expect(fs.readdirSync(directory).sort()).toEqual(['copies', 'lock', 'meta.mdb', 'objects', 'recent']);
   }
 });
 

@@ -24,6 +24,8 @@ export interface CatalogHost extends LocalVdiHost, TemporaryVdiHost, CheckedStor
   readonly references: LocalVdiHost['references'];
   readonly logs: MapLogs;
   readonly open: Map<number, LocalVdi>;
+  /** For the change record: new objects of the working VDI `of` get the vid `vid`, which has no record. */
+  readonly copies: CheckedStore['copies'] & { names(vid: number, of: number): void };
   releaseMap(map: Uint32Array, only?: Uint8Array): void;
   backgroundError(error: unknown): void;
   readonly merger: OverlayMerger;
@@ -110,7 +112,10 @@ export class LocalCatalog implements Catalog {
       this.#store.open.delete(vdi.record.vid),
     );
     // After a VDI was discarded its temporary snapshots still have objects of its vid in their maps. Kept files may have the vid, too.
-    if (this.#temporaries.size > 0 || this.#store.keptVids.has(vid)) vdi.nameAnew(this.#nextVid());
+    if (this.#temporaries.size > 0 || this.#store.keptVids.has(vid)) {
+      vdi.nameAnew(this.#nextVid());
+      this.#store.copies.names(vdi.creationVid, vid);
+    }
     this.#store.open.set(vid, vdi);
     this.#store.opened();
     return vdi;
@@ -134,6 +139,7 @@ export class LocalCatalog implements Catalog {
         };
         temporary = new TemporaryVdi(this.#store, record, source.map);
         source.takeTemporary(temporary, creationVid);
+        this.#store.copies.names(creationVid, source.record.vid);
         this.#temporaries.set(vid, { temporary, source });
       },
       finish: async () => {

@@ -16,6 +16,7 @@ import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
 import { LayeredObjects } from './layered-objects.js';
 import type { Layers } from './layers.js';
+import { MetadataCopies, mustBeOfCopies, type CopyTimes } from './metadata-copies.js';
 import type { SharedByFiles } from './object-files.js';
 import { openLayers } from './open-layers.js';
 import { OverlayMerger, type MergerHost } from './overlay-merger.js';
@@ -45,6 +46,8 @@ export interface LocalStoreOptions {
   readonly makesOnlyOverlays?: boolean;
   /** For tests: when merging of overlays begins after something was given up, milliseconds. */
   readonly mergeDelayMs?: number;
+  /** How often the metadata is copied in the background. */
+  readonly copies?: CopyTimes;
   /** The disk that the store is on; this machine's if not given. */
   readonly disk?: HostDisk;
 }
@@ -64,6 +67,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
   readonly mergeDelayMs: number | undefined;
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
+  readonly copies: MetadataCopies;
   readonly state: StoreState;
   readonly #lock: StoreLock;
   /** For the operator: events that no caller waits for. */
@@ -120,6 +124,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
       this.log('what is written until the next flush would be lost if this process were killed', { err: error });
     };
     this.logs = new MapLogs(disk, location, logFailed, shared.throttle);
+    this.copies = new MetadataCopies(this, options.copies);
     this.catalog = new LocalCatalog(this);
     this.state = {
       isShared: false,
@@ -161,7 +166,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
       if (!isReadOnly) openLogFolder(disk, location, isNew);
       const opened = isNew
         ? await Metadata.create(disk, location)
-        : await Metadata.open(disk, location, { readOnly: isReadOnly });
+        : await Metadata.open(disk, location, {
+            readOnly: isReadOnly,
+            mustFit: (found) => mustBeOfCopies(disk, location, found),
+          });
       metadata = opened.metadata;
       if (metadata.hasOverlayFormat && !isReadOnly) layers.segments.makeFolder();
       const store = new LocalStore(location, lock, metadata, layers, shared, {
@@ -169,8 +177,12 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
         ...found,
         readOnlyBecause,
       });
-      if (readOnlyBecause === undefined) await recover(store, opened.clean);
-      else takeAsItIs(store, readOnlyBecause, opened.clean);
+      if (readOnlyBecause === undefined) {
+        store.copies.begin(metadata.wasRecorded);
+        metadata.noter = store.copies;
+        await recover(store, opened.clean);
+        store.copies.started();
+      } else takeAsItIs(store, readOnlyBecause, opened.clean);
       return store;
     } catch (error) {
       await metadata?.close({ clean: false }).catch(() => undefined);
@@ -196,6 +208,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
 
   async freeSpace(vdi: LocalVdi): Promise<void> {
     this.catalog.makeRoom();
+    this.copies.makeRoom();
     await vdi.flush();
     await this.reclaimed();
   }
@@ -351,12 +364,16 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
     await this.reclaimed();
     await this.objects.close();
     failure ??= this.#lost;
+    const isEmpty = failure === undefined && this.metadata.records().length === 0;
+    const unwanted = this.#isUnwanted && isEmpty ? this.#made : undefined;
+    await this.copies.close({ isClean: clean && this.#lost === undefined && !unwanted });
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
       .catch((error: unknown) => (failure ??= error as Error));
-    const isEmpty = failure === undefined && this.metadata.records().length === 0;
-    if (this.#isUnwanted && this.#made && isEmpty)
-      removeCreation(this.disk, this.location, this.#made.hasMadeDirectory);
+    if (unwanted && failure === undefined) {
+      this.copies.remove();
+      removeCreation(this.disk, this.location, unwanted.hasMadeDirectory);
+    }
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }

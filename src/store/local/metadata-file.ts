@@ -5,13 +5,28 @@
  */
 import { ABORT } from 'lmdb';
 import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
+import { readToEnd } from '../../system/whole-io.js';
 import { StoreError } from '../store-error.js';
 import { openEnvironment, type Environment } from './lmdb-environment.js';
 import { asMetadataError, commitErrorOf, endWithoutClosing, hasPanicked, watchBegin } from './lmdb-failures.js';
+import { readMeta, type LmdbPages, type LmdbState } from './lmdb-pages.js';
 import { MetadataReserve } from './metadata-reserve.js';
 
 const PROBE_BYTES = 4096;
 const PROBE_CHUNK = 2 ** 20;
+/** Commits are rarer by far. */
+const META_READS = 8;
+
+/** A state of the file that stays readable by its pages while transactions go on. */
+export interface FileSnapshot {
+  readonly state: LmdbState;
+  /** Read in the thread pool. A result is valid until the next call. */
+  readonly pages: LmdbPages;
+  /** LMDB was closed or opened again: the pages may have other content now. */
+  readonly isOver: boolean;
+  /** To be called soon: until then the file may grow, because LMDB does not use free pages again. */
+  release(): void;
+}
 
 interface Pending {
   readonly body: () => void;
@@ -50,6 +65,8 @@ export class MetadataFile {
   #isOpen = true;
   readonly #reserve: MetadataReserve;
   readonly #probe = Buffer.alloc(PROBE_BYTES);
+  /** To be released before the environment is closed. */
+  readonly #snapshots = new Set<FileSnapshot>();
 
   /** `opened` is called with the environment, now and each time it is opened again. Errors: those of files and of LMDB. */
   constructor(
@@ -213,6 +230,7 @@ export class MetadataFile {
     if (this.#isOpen) {
       // Closed before opening: for a file that is open, lmdb-js returns the same environment, which has failed.
       this.#isOpen = false;
+      this.#releaseSnapshots();
       await this.#disk.closeDatabase(this.#fd, () => this.#env.close()).catch(() => undefined);
     }
     this.#env = this.#open();
@@ -286,6 +304,66 @@ export class MetadataFile {
     }
   }
 
+  /** The last state, or one that is being committed. Errors: IO, DAMAGED, CLOSED. */
+  snapshot(): FileSnapshot {
+    this.mustBeReadable();
+    // A reader of LMDB: no page of its state or of a later one is used again before it ends.
+    const reader = this.#env.useReadTransaction();
+    const state = this.#lastState();
+    const { pageSize } = state;
+    let buffer = Buffer.alloc(2 * pageSize);
+    let isOver = false;
+    const snapshot: FileSnapshot = {
+      state,
+      get isOver() {
+        return isOver;
+      },
+      pages: {
+        pageSize,
+        get: async (page, count) => {
+          if (buffer.length < count * pageSize) buffer = Buffer.alloc(count * pageSize);
+          const into = buffer.subarray(0, count * pageSize);
+          return into.subarray(0, await readToEnd(this.#disk, this.#fd, into, page * pageSize));
+        },
+      },
+      release: () => {
+        if (isOver) return;
+        isOver = true;
+        this.#snapshots.delete(snapshot);
+        reader.done();
+      },
+    };
+    this.#snapshots.add(snapshot);
+    return snapshot;
+  }
+
+  /** LMDB's number of the last transaction. Errors: as `snapshot`. */
+  get transactions(): number {
+    return this.#lastState().transaction;
+  }
+
+  /** The length of the file, at most as it was when it was last read or written. */
+  get bytes(): number {
+    return this.#size;
+  }
+
+  /** A commit may be writing a meta page meanwhile: it is read until two results are the same. */
+  #lastState(): LmdbState {
+    let before = '';
+    for (let tries = 0; tries < META_READS; tries++) {
+      const { states } = readMeta(this.#disk, this.#fd);
+      const now = JSON.stringify(states);
+      const [state] = states;
+      if (state !== undefined && now === before) return state;
+      before = now;
+    }
+    throw new StoreError('DAMAGED', `the meta pages of ${this.file} are damaged`);
+  }
+
+  #releaseSnapshots(): void {
+    for (const snapshot of [...this.#snapshots]) snapshot.release();
+  }
+
   /** The file has a new name, under which it will be opened again if need be. */
   renamed(file: string): void {
     this.file = file;
@@ -300,6 +378,7 @@ export class MetadataFile {
       await stored;
     } finally {
       await this.#committing;
+      this.#releaseSnapshots();
       try {
         if (this.#isOpen && !this.#isStuck) await this.#disk.closeDatabase(this.#fd, () => this.#env.close());
       } finally {

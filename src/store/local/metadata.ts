@@ -2,6 +2,7 @@
  * The content of meta.mdb: VDI records, map pages, the format version. Only this file knows keys and encodings (FORMAT.md).
  * A call is one LMDB transaction, durable when its promise resolves. Decides nothing about objects.
  */
+import { randomUUID } from 'node:crypto';
 import path from 'node:path';
 import type { Database } from 'lmdb';
 import { removeIfThereSync, type HostDisk } from '../../system/disk.js';
@@ -12,6 +13,7 @@ import type { VdiRecord } from '../vdi-record.js';
 import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
 import { asMetadataError } from './lmdb-failures.js';
+import { rescueOf } from './rescue-advice.js';
 import { isEmptyPage, PAGE_ENTRIES, storedBytes, type PageWrite } from './map-pages.js';
 import {
   decodeGroup,
@@ -22,7 +24,7 @@ import {
   type OverlayWrite,
   type StoredOverlay,
 } from './overlay-records.js';
-import { MetadataFile } from './metadata-file.js';
+import { MetadataFile, type FileSnapshot } from './metadata-file.js';
 import { makeRoomIn } from './metadata-reserve.js';
 import { RecordIndex } from './record-index.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
@@ -62,6 +64,24 @@ export interface MetadataChange {
   readonly overlays?: ReadonlyMap<number, OverlayWrite | undefined>;
 }
 
+export interface OpenMetadata {
+  readonly readOnly?: boolean;
+  /** Throws if it is not the metadata of this store; called before it is changed. */
+  readonly mustFit?: (metadata: Metadata) => void;
+}
+
+/** Is told what `commit` is about to store, for the change record; `note` never fails. */
+export interface ChangeNoter {
+  note(change: MetadataChange): Noted | undefined;
+}
+
+export interface Noted {
+  /** The change is stored. Resolves when it is recorded durably, or cannot be. */
+  stored(): Promise<void>;
+  /** The change is not stored. */
+  failed(): void;
+}
+
 /** `flushed` of a removed VDI: all entries of its log are older than this. */
 const REMOVED = Number.MAX_SAFE_INTEGER;
 
@@ -78,6 +98,7 @@ export class Metadata {
   readonly #file: MetadataFile;
   /** The stored records: read far more often than changed. */
   readonly #records = new RecordIndex();
+  noter: ChangeNoter | undefined;
 
   private constructor(disk: HostDisk, file: string, readOnly: boolean) {
     this.#file = new MetadataFile(disk, file, { readOnly }, (env) => this.#use(env));
@@ -136,17 +157,14 @@ export class Metadata {
   static async open(
     disk: HostDisk,
     directory: string,
-    { readOnly = false } = {},
+    { readOnly = false, mustFit = () => undefined }: OpenMetadata = {},
   ): Promise<{ metadata: Metadata; clean: boolean }> {
     const file = path.join(directory, META_FILE);
     let metadata: Metadata;
     try {
-      const problem = lmdbFileProblem(disk, file);
+      const problem = await lmdbFileProblem(disk, file);
       if (problem !== undefined) {
-        throw new StoreError(
-          'DAMAGED',
-          `${file} cannot be used: ${problem}; restore it from a backup, or move it away`,
-        );
+        throw new StoreError('DAMAGED', `${file} cannot be used: ${problem}; ${rescueOf(directory)}`);
       }
       metadata = new Metadata(disk, file, readOnly);
     } catch (error) {
@@ -161,6 +179,12 @@ export class Metadata {
       );
     }
     if (format !== undefined) metadata.#format = Number(format);
+    try {
+      mustFit(metadata);
+    } catch (error) {
+      await metadata.close({ clean: false });
+      throw error;
+    }
     const clean = format === undefined || metadata.#env.get('clean')?.toString() === 'yes';
     if (readOnly) return { metadata, clean };
     try {
@@ -269,6 +293,33 @@ export class Metadata {
     return this.#env.get('session')?.toString();
   }
 
+  /** Names the store: its copies are of no other. Earlier versions did not give a store one. */
+  get identity(): string | undefined {
+    this.#file.mustBeReadable();
+    return this.#env.get('store')?.toString();
+  }
+
+  /** Whether the last session was one of a version that keeps the change record, or there was none. */
+  get wasRecorded(): boolean {
+    this.#file.mustBeReadable();
+    return this.#env.get('recorded')?.toString() === this.session;
+  }
+
+  /** LMDB's number of the last transaction. */
+  get transaction(): number {
+    return this.#file.transactions;
+  }
+
+  /** The length of meta.mdb. */
+  get bytes(): number {
+    return this.#file.bytes;
+  }
+
+  /** See MetadataFile. */
+  snapshot(): FileSnapshot {
+    return this.#file.snapshot();
+  }
+
   /** Unreferenced object files that an earlier start has kept, if any. */
   get kept(): KeptObjects | undefined {
     this.#file.mustBeReadable();
@@ -280,6 +331,8 @@ export class Metadata {
   async begin(session: string, kept: KeptObjects | undefined): Promise<void> {
     await this.#file.transaction(() => {
       this.#putInfo('session', session);
+      this.#putInfo('recorded', session);
+      if (this.#env.get('store') === undefined) this.#putInfo('store', randomUUID());
       for (const { key, value } of [...(this.#flushed?.getRange({}) ?? [])])
         if (value === REMOVED) void this.#flushed?.remove(key);
       this.#putKept(kept);
@@ -380,7 +433,8 @@ export class Metadata {
   /** One transaction: all or nothing. Errors: NO_SPACE, IO, CLOSED. */
   async commit(change: MetadataChange): Promise<void> {
     const gone = (change.removed ?? []).map((vid) => ({ vid, keys: this.#pageKeys(vid) }));
-    await this.#file.transaction(() => {
+    const noted = this.noter?.note(change);
+    const stored = this.#file.transaction(() => {
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
         void this.#flushed?.put(vid, REMOVED);
@@ -394,8 +448,15 @@ export class Metadata {
       }
       for (const { vid, generation } of change.flushed ?? []) void this.#flushed?.put(vid, generation);
     });
+    try {
+      await stored;
+    } catch (error) {
+      noted?.failed();
+      throw error;
+    }
     for (const { vid } of gone) this.#records.delete(vid);
     for (const record of change.records ?? []) this.#records.set(record);
+    await noted?.stored();
   }
 
   /** The state of clients; see StoreState. */

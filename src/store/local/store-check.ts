@@ -25,6 +25,8 @@ export interface CheckedStore {
   readonly references: ReferenceCounts;
   readonly overlays: Overlays;
   readonly open: ReadonlyMap<number, LocalVdi>;
+  /** Of the metadata: what is wrong with them. */
+  readonly copies: { problems(): Promise<string[]> };
   keptVids: ReadonlySet<number>;
   keepsUntold: boolean;
   backgroundError(error: unknown): void;
@@ -97,6 +99,7 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
         (isUntold ? 'kept by this start: look first, then run check --repair again' : '--repair removes them'),
     );
   }
+  for (const problem of await store.copies.problems()) report(problem);
   for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
   for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);

@@ -8,6 +8,9 @@ import { removeIfThereSync, type FileStatus, type HostDisk } from '../../system/
 import { StoreError } from '../store-error.js';
 import { OPENING_NAMES } from './lmdb-environment.js';
 import { META_FILE, NEW_META_FILE } from './metadata.js';
+import { changesFiles } from './change-record.js';
+import { COPIES, copyFiles } from './metadata-copies.js';
+import { rescueOf } from './rescue-advice.js';
 
 /** mkfs creates it in the root of a filesystem. */
 const LOST_AND_FOUND = 'lost+found';
@@ -38,7 +41,7 @@ const MADE_BY_CREATION: Readonly<Record<string, (disk: HostDisk, file: string, s
 /** ObjectFiles.open creates empty folders and, for a moment, a scratch file of two pages. */
 const MAX_SCRATCH_BYTES = 8192;
 /** All names in a store. A directory with objects and only these names is a damaged store: no new one is created over it. */
-const OF_A_STORE = new Set([...Object.keys(MADE_BY_CREATION), 'set-aside', 'control.sock']);
+const OF_A_STORE = new Set([...Object.keys(MADE_BY_CREATION), COPIES, 'set-aside', 'control.sock']);
 
 export type DirectoryState = 'missing' | 'empty' | 'unfinished' | 'store';
 
@@ -54,10 +57,11 @@ export function directoryState(disk: HostDisk, directory: string): DirectoryStat
   if (names.length === 0) return 'empty';
   const metadata = disk.statSync(path.join(directory, META_FILE));
   if (metadata?.isFile() && metadata.size > 0) return 'store';
-  if (names.every((name) => OF_A_STORE.has(name)) && hasObjects(disk, directory)) {
+  if (hasCopies(disk, directory) || (names.every((name) => OF_A_STORE.has(name)) && hasObjects(disk, directory))) {
     throw new StoreError(
       'DAMAGED',
-      `${directory} has objects of a store, but ${META_FILE} is ${metadata ? 'empty' : 'missing'}: restore it from a backup`,
+      `${path.join(directory, META_FILE)} is ${metadata ? 'empty' : 'missing'}, and the rest of a store is there: ` +
+        rescueOf(directory),
     );
   }
   const foreign = names.find((name) => !isOfCreation(disk, directory, name));
@@ -84,6 +88,12 @@ function hasObjects(disk: HostDisk, directory: string): boolean {
   const folders = readNames(disk, objects).filter((name) => /^[0-9a-f]{2}$/.test(name));
   if (folders.some((name) => readNames(disk, path.join(objects, name)).some(isObject))) return true;
   return readNames(disk, path.join(directory, 'recent')).some((name) => /^\d+$/.test(name));
+}
+
+/** Whether there are copies of a store's metadata, or changes since one: nothing else has such names. */
+function hasCopies(disk: HostDisk, directory: string): boolean {
+  const names = readNames(disk, path.join(directory, COPIES));
+  return copyFiles(names).length > 0 || changesFiles(names).length > 0;
 }
 
 function isOfObjects(disk: HostDisk, objects: string, name: string): boolean {
