@@ -79,6 +79,8 @@ export interface DataObjects {
   scan(): AsyncGenerator<FoundObject>;
   /** Removes an entry that no map refers to. Errors: those of the disk. */
   removeFound(found: FoundObject): Promise<void>;
+  /** When this resolves, no object removed until now can be back after a power loss. Errors: IO. */
+  syncRemovals(): Promise<void>;
 
   close(): Promise<void>;
 }

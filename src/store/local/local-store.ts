@@ -282,6 +282,11 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     }
     this.open.clear();
     await this.reclaimed();
+    // A clean store is not searched for unreferenced objects at the next open: none may be back after a power loss.
+    await this.objects.syncRemovals().catch((error: unknown) => {
+      clean = false;
+      failure ??= error as Error;
+    });
     await this.objects.close();
     failure ??= this.#lost;
     await this.metadata

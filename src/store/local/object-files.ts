@@ -303,8 +303,13 @@ export class ObjectFiles implements DataObjects {
     return this.#names.scan();
   }
 
-  removeFound({ name }: FoundObject): Promise<void> {
-    return this.#disk.unlink(name);
+  async removeFound({ key, name }: FoundObject): Promise<void> {
+    await this.#disk.unlink(name);
+    if (key >= 0) this.#names.noteRemoved(key);
+  }
+
+  syncRemovals(): Promise<void> {
+    return this.#names.syncRemovals();
   }
 
   problemOf(key: number, length: number): string | undefined {

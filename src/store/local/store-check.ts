@@ -2,7 +2,9 @@
  * `check` of a local store: compares maps with objects, and finds leftovers and wrong owners. Repairs only without loss: it
  * removes unreferenced objects and pages.
  */
+import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
+import { syncDirectory } from '../../system/durable-names.js';
 import type { CheckReport } from '../object-store.js';
 import { StoreError } from '../store-error.js';
 import type { DataObjects, FoundObject } from './data-objects.js';
@@ -88,6 +90,8 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     repaired = removable.length + strays.length;
     if (!isUntold) {
       for (const name of aside) await store.disk.unlink(name);
+      // A log that is back after a power loss would make the next start keep unreferenced objects again.
+      for (const directory of new Set(aside.map((name) => path.dirname(name)))) syncDirectory(store.disk, directory);
       if (kept) await metadata.keep(undefined);
       store.keptVids = new Set();
       repaired += aside.length;
