@@ -10,6 +10,7 @@ import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
 import { ObjectSyncs, type SyncHost } from './object-syncs.js';
+import { isPlanted } from './planted-faults.js';
 import { localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
@@ -210,7 +211,8 @@ export class LocalVdi implements ObjectVdi {
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
       // Marked here and not in createObject, which has counted the reference: a sync skips objects without references.
-      this.#changes.objects.add(localObjectKey(owner, idx));
+      const skips = isPlanted('flush skips new objects') && this.#changes.inFlight !== undefined;
+      if (!skips) this.#changes.objects.add(localObjectKey(owner, idx));
       this.#changes.created.add(localObjectKey(owner, idx));
       this.#changes.creating.delete(localObjectKey(owner, idx));
     }
@@ -431,6 +433,7 @@ export class LocalVdi implements ObjectVdi {
     const logged = this.#log.flushing(this.#changes.generation);
     const pages = Array.from(batch.pages, (page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
+    if (isPlanted('release before commit')) this.#host.release(batch.releases);
     const flushed = [{ vid: batch.vid, generation: batch.generation }];
     this.#changes.inFlight = batch;
     try {
@@ -450,7 +453,7 @@ export class LocalVdi implements ObjectVdi {
     } finally {
       this.#changes.inFlight = undefined;
     }
-    this.#host.release(batch.releases);
+    if (!isPlanted('release before commit')) this.#host.release(batch.releases);
   }
 
   /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
