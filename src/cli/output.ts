@@ -87,6 +87,7 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
       allocatedBytes: record.allocatedBytes,
       exclusiveBytes: record.exclusiveBytes,
       ...(record.damage !== undefined && { damage: record.damage }),
+      ...(record.merging !== undefined && { merging: record.merging }),
       open: record.open,
       clients: usersOf(record).clients.map(({ client, since, lostAt, until }) => ({
         client,

@@ -58,6 +58,7 @@ export function vdiShowCommand(): Command {
       ['size', `${formatSize(vdi.size)} (${vdi.size} bytes)`],
       ['used', formatSize(vdi.allocatedBytes)],
       ['not shared', formatSize(vdi.exclusiveBytes)],
+      ...(vdi.merging ? [['to merge', mergingText(vdi.merging)] as [string, string]] : []),
       ['object size', formatSize(2 ** vdi.blockSizeShift)],
       ...(vdi.redundancy ? [['copies', redundancyText(vdi.redundancy)] as [string, string]] : []),
       ['created', formatTime(vdi.createdAt)],
@@ -73,6 +74,10 @@ export function vdiShowCommand(): Command {
     const width = Math.max(...lines.map(([title]) => title.length));
     for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);
   });
+}
+
+function mergingText({ overlays, bytes }: NonNullable<VdiDetails['merging']>): string {
+  return `${overlays} object${overlays === 1 ? '' : 's'}, ${formatSize(bytes)} to move, in the background`;
 }
 
 function unfinishedText(vdi: VdiDetails, hasSnapshots: boolean): string {

@@ -242,6 +242,7 @@ function openStore(
     exclusive: configuration.exclusive,
     log: logOfStore(log, repeated.ofStore),
     logOften: logOfPeers(log, repeated.ofPeers),
+    note: (line, details) => log.info({ ...details }, line),
     signal,
   });
 }

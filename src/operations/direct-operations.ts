@@ -14,6 +14,7 @@ import {
   OperationError,
   type Beginning,
   type CheckReport,
+  type MergeState,
   type DamagedVdi,
   type ConnectionStatus,
   type CreateOptions,
@@ -82,6 +83,14 @@ export class DirectOperations implements Operations {
     if (writers === undefined || details.isSnapshot) return details;
     const { name } = details;
     return { ...details, writers: writers.of(name), twoWriters: writers.twoWritersOf(name) ?? null };
+  }
+
+  async merging({ paused }: { readonly paused?: boolean } = {}): Promise<MergeState> {
+    const { merging } = this.#catalog;
+    if (merging === undefined)
+      throw new OperationError('UNSUPPORTED', `${this.store} has nothing to merge: only local stores have overlays`);
+    if (paused !== undefined) merging.pause(paused);
+    return merging.state();
   }
 
   /** None: only a daemon has NBD clients, and its control API answers for them (src/daemon/control/). */

@@ -30,6 +30,8 @@ export interface DirectLocation extends Pick<StoreLocation, 'store' | 'log' | 'o
   readonly maxDescriptors?: number;
   /** Only one connection at a time may write a disk. */
   readonly exclusive?: Exclusive | undefined;
+  /** As `log`, where nothing is wrong. */
+  readonly note?: (line: string, details?: object) => void;
   /** As `log`, for lines that clients can cause again and again. */
   readonly logOften?: ExportsOptions['logOften'];
 }
@@ -53,10 +55,11 @@ export async function openDirectly(location: DirectLocation): Promise<OpenedStor
   await kind.load();
   if (directory !== undefined && !location.isDaemon && isOthersStore(directory)) await loadEverything();
   const leave = directory === undefined || location.isDaemon ? () => undefined : takeOwner(directory);
-  const { log, retryMs, mayCreate, maxDescriptors, signal, options } = location;
+  const { log, note, retryMs, mayCreate, maxDescriptors, signal, options } = location;
   try {
     const store = await kind.open(location.store, {
       log,
+      note,
       role: location.isDaemon ? 'daemon' : 'command',
       mayCreate,
       maxDescriptors,

@@ -4,7 +4,7 @@
  * Owns the interface, the types of its answers, and OperationError: it has the code and the message of the layer that refused,
  * the same both ways. Implements nothing.
  */
-import type { CheckReport, DamagedVdi } from '../store/object-store.js';
+import type { CheckReport, DamagedVdi, MergeState } from '../store/object-store.js';
 import type { Redundancy, VdiRecord } from '../store/vdi-record.js';
 import type { ForceOption } from '../vdi/busy-checks.js';
 import type { VdiDetails } from '../vdi/details.js';
@@ -18,7 +18,8 @@ import type { Beginning, Filling } from '../vdi/unfinished.js';
 export { formatSpec, labelOfRun } from '../vdi/names.js';
 export type { ConnectionStatus, Disconnected };
 export type { LockReport, LockStatus, Redundancy, UnlockOptions };
-export type { Beginning, CheckReport, DamagedVdi, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
+export type { Beginning, CheckReport, DamagedVdi, Ended, Filling, ForceOption, KeptSnapshot, MergeState };
+export type { VdiDetails, VdiRecord };
 
 /**
  * From `dataPage`: the ranges that may hold something other than zeros; all else reads as zeros. From `changes`: the ranges that
@@ -109,6 +110,11 @@ export interface Operations {
   /** With `run`: only if the VDI still belongs to that run. */
   remove(spec: string, options?: Filling & ForceOption): Promise<Ended>;
   check(options: { readonly repair: boolean }): Promise<CheckReport & Ended>;
+  /**
+   * What the store has to merge in the background; `paused` pauses or resumes that, until the daemon ends. Errors: UNSUPPORTED (the
+   * store is not a local one, or there is no daemon to pause).
+   */
+  merging(options?: { readonly paused?: boolean }): Promise<MergeState>;
   /** The locks that a cluster's nodes keep. Errors: UNSUPPORTED (local store). */
   locks(): Promise<LockReport>;
   /** Remove a lock that was left behind; see VdiCatalog. Errors: UNSUPPORTED, NOT_LOCKED, BUSY, NEEDS_FORCE. */

@@ -13,6 +13,7 @@ import {
   type DamagedVdi,
   type Beginning,
   type CheckReport,
+  type MergeState,
   type ConnectionStatus,
   type CreateOptions,
   type DataPage,
@@ -114,6 +115,11 @@ export class RemoteOperations implements Operations {
 
   check({ repair }: { readonly repair: boolean }): Promise<CheckReport & Ended> {
     return this.#control.call('POST', '/check', { body: { repair } });
+  }
+
+  merging({ paused }: { readonly paused?: boolean } = {}): Promise<MergeState> {
+    if (paused === undefined) return this.#control.call('GET', '/merging');
+    return this.#control.call('POST', '/merging', { body: { paused } });
   }
 
   locks(): Promise<LockReport> {

@@ -18,6 +18,8 @@ export interface StoreOptions {
 export interface OpenOptions {
   /** For the operator: events that no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
+  /** The same, where nothing is wrong. */
+  readonly note?: (line: string, details?: object) => void;
   /** What this process is: shown to other processes that find the store locked. */
   readonly role: HolderRole;
   /** Whether a store is created where there is none. */
@@ -70,9 +72,9 @@ export const LOCAL: StoreKind = {
   takesNumbersForIds: false,
   options: [],
   load: () => import('./local/local-store.js'),
-  async open(location, { log, role, mayCreate, maxDescriptors }) {
+  async open(location, { log, note, role, mayCreate, maxDescriptors }) {
     const { LocalStore } = await import('./local/local-store.js');
-    return LocalStore.open(location, { log, role, mayCreate, maxDescriptors });
+    return LocalStore.open(location, { log, note, role, mayCreate, maxDescriptors });
   },
 };
 

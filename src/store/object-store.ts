@@ -29,6 +29,22 @@ export interface StoreState {
   commit(changes: ReadonlyMap<string, unknown>): Promise<void>;
 }
 
+/** Work of a store in the background: objects that lie over each other are put together again. */
+export interface MergeState {
+  /** Objects that are to be merged. */
+  readonly overlays: number;
+  /** Bytes that have to be moved for that. */
+  readonly bytes: number;
+  readonly isPaused: boolean;
+}
+
+export interface Merging {
+  /** What is left to be done. */
+  state(): Promise<MergeState>;
+  /** Until it is resumed or the store is closed. */
+  pause(isPaused: boolean): void;
+}
+
 export interface ObjectStore {
   /** For messages: where the store is. */
   readonly location: string;
@@ -41,6 +57,8 @@ export interface ObjectStore {
   /** Undefined if this process can store nothing of its own. */
   readonly state: StoreState | undefined;
   readonly catalog: Catalog;
+  /** Absent: the store has nothing to merge. */
+  readonly merging?: Merging;
   /** This process will close the store soon: shown to other processes that wait for its lock. Absent: nobody waits. */
   announceStop?(): void;
   /** The command that opened the store has failed: `close` removes a store that this opening has created, if it is empty. */
@@ -93,6 +111,8 @@ export interface Usage {
   readonly exclusive: number;
   /** Why neither is known: a part of the map is lost. */
   readonly damage?: string;
+  /** What is left to be merged of its objects, if anything. Only of one VDI, not in `usages`. */
+  readonly merging?: { readonly overlays: number; readonly bytes: number };
 }
 
 /**

@@ -116,6 +116,8 @@ export interface ObjectVdi extends VdiControl, ObjectReader {
   readonly gathersFirstWrites?: boolean;
   /** A client is about to read this range of the disk, bytes: for stores that read ahead. Called once for each read. */
   noteRead?(offset: number, length: number): ReadCount;
+  /** `createObject` with `copyOf` copies the blocks around the edges of the data only. Absent: it copies the object. */
+  readonly copiesBlocks?: boolean;
   /** No other VDI or snapshot refers to the object at idx: it may be changed in place. Only for an allocated idx. */
   exclusive(idx: number): boolean;
   /**
@@ -128,6 +130,11 @@ export interface ObjectVdi extends VdiControl, ObjectReader {
    * object was changed since, although both maps name the same owner; `end` if there is none. Absent: there are none.
    */
   nextOverwritten?(idx: number, end: number): number;
+  /**
+   * What differs at idx between the object of `owner` and that of `before`, the entries of two maps: the sink gets `changed` in
+   * place of `hole`, for all of the range. False if the store does not know: all of it counts as changed. Absent: never known.
+   */
+  changedBlocks?(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean;
   /** In place, into an exclusive object. Errors: NO_SPACE, MOVED, IO. */
   writeObject(idx: number, offset: number, data: Buffer): Awaitable<void>;
   /**

@@ -3,7 +3,7 @@
  * reads and writes of open VDIs go on meanwhile. Work that may take long (a flush) is done before a name is taken or after it
  * is given back. Owns the parts that the operations share (catalog-parts.ts); each kind of operation is a file of its own.
  */
-import type { CheckReport, DamagedVdi, ObjectStore } from '../store/object-store.js';
+import type { CheckReport, DamagedVdi, ObjectStore, Merging } from '../store/object-store.js';
 import type { VdiRecord } from '../store/vdi-record.js';
 import { BusyChecks, type ForceOption } from './busy-checks.js';
 import type { CatalogParts } from './catalog-parts.js';
@@ -236,6 +236,11 @@ export class VdiCatalog {
       const ended = await kept.end(await store.catalog.list(), 'the store was checked');
       return { ...(await store.catalog.check(options)), ended };
     });
+  }
+
+  /** What is to be merged in the background; undefined if the store has nothing like that. */
+  get merging(): Merging | undefined {
+    return this.#parts.store.merging;
   }
 
   /** The locks that the nodes of a cluster keep. Errors: UNSUPPORTED (a local store). */

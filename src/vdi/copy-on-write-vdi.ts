@@ -36,7 +36,7 @@ export class CopyOnWriteVdi implements Vdi {
     this.#changes = new ObjectChanges(open);
     this.gate = this.#changes.gate;
     this.#questions = new MapQuestions(open, this.#calls);
-    const create = (idx: number, within: number, data: Buffer): Promise<void> => this.#create(idx, within, data);
+    const create = (idx: number, within: number, data: Buffer): Awaitable<void> => this.#create(idx, within, data);
     this.#zeroing = new Zeroing(open, {
       calls: this.#calls,
       changes: this.#changes,
@@ -253,8 +253,12 @@ export class CopyOnWriteVdi implements Vdi {
     if (owner !== 0 && epoch !== CLOSED && this.#isWorthGathering(within, data.length)) {
       return this.#orAgain(this.#gather(idx, data, epoch), idx, within, data);
     }
+    if (!this.#open.objectsMove && !this.#changes.isInPlace(idx)) {
+      const later = this.#create(idx, within, data);
+      return later === undefined ? undefined : this.#changes.run(idx, () => later);
+    }
     return this.#orAgain(
-      this.#changes.run(idx, () => this.#create(idx, within, data)),
+      this.#changes.run(idx, async () => this.#create(idx, within, data)),
       idx,
       within,
       data,
@@ -284,11 +288,11 @@ export class CopyOnWriteVdi implements Vdi {
     return gathered.done;
   }
 
-  async #create(idx: number, within: number, data: Buffer): Promise<void> {
+  #create(idx: number, within: number, data: Buffer): Awaitable<void> {
     const owner = this.#open.map[idx] ?? 0;
-    const isWhole = data.length === this.#objectSize;
-    const isCopy = owner !== 0 && !isWhole;
-    await this.#calls.makeObject(idx, within, data, isCopy ? owner : 0);
-    if (isCopy) this.copies++;
+    if (owner === 0 || data.length === this.#objectSize) return this.#calls.makeObject(idx, within, data, 0);
+    const later = this.#calls.makeObject(idx, within, data, owner);
+    if (later !== undefined) return later.then(() => void this.copies++);
+    this.copies++;
   }
 }

@@ -16,6 +16,8 @@ export interface VdiDetails extends VdiRecord {
   readonly exclusiveBytes: number;
   /** Why neither is known. */
   readonly damage?: string;
+  /** Of `detailsOf` only: objects that lie over others and are being merged with them, and the bytes to move for that. */
+  readonly merging?: Usage['merging'];
   /** Its users: connections and commands that have it open. */
   readonly open: number;
   /** The clients that have it open, or were cut off and may come back. Our own commands are not among them. */
@@ -71,10 +73,10 @@ export async function detailsOfAll({ store, open, inUse, kept }: CatalogParts): 
 
 function withUsage(
   record: VdiRecord,
-  { allocated, exclusive, damage }: Usage,
+  { allocated, exclusive, damage, merging }: Usage,
   more: Pick<VdiDetails, 'open' | 'clients' | 'kept'>,
 ): VdiDetails {
   const objectSize = 2 ** record.blockSizeShift;
   const bytes = { allocatedBytes: allocated * objectSize, exclusiveBytes: exclusive * objectSize };
-  return { ...record, ...bytes, ...more, ...(damage !== undefined && { damage }) };
+  return { ...record, ...bytes, ...more, ...(damage !== undefined && { damage }), ...(merging && { merging }) };
 }

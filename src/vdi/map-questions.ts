@@ -187,7 +187,7 @@ export class MapQuestions {
 
   /**
    * Objects whose owners differ, and objects that were overwritten under a temporary snapshot. Exact to the object, by the two
-   * maps alone.
+   * maps alone; where the store knows more of an object, exact to what it knows.
    */
   changedSince(before: ObjectVdi, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     if (before.record.blockSizeShift !== this.#open.record.blockSizeShift) {
@@ -209,7 +209,23 @@ export class MapQuestions {
       const before = base.map;
       const looksForKept = this.#open.nextOverwritten !== undefined || base.nextOverwritten !== undefined;
       const stepEnd = looksForKept ? Math.min(last, idx + OVERWRITTEN_STEP) : last;
-      const isOther = (map[idx] ?? 0) !== (before[idx] ?? 0);
+      const owner = map[idx] ?? 0;
+      const ownerBefore = before[idx] ?? 0;
+      const isOther = owner !== ownerBefore;
+      if (isOther && owner !== 0 && ownerBefore !== 0 && this.#open.changedBlocks !== undefined) {
+        const start = idx * this.#objectSize;
+        const to = Math.min(start + this.#objectSize, end);
+        const { at } = walk;
+        walk.at = to;
+        const { addPart } = joiner;
+        // What was overwritten under a temporary snapshot is not in the objects that the maps name.
+        const isKept =
+          this.#open.nextOverwritten?.(idx, idx + 1) === idx || base.nextOverwritten?.(idx, idx + 1) === idx;
+        const isKnown = !isKept && this.#open.changedBlocks(owner, ownerBefore, idx, at - start, to - at, addPart);
+        if (!isKnown) joiner.add(to - at, true);
+        if (work?.isOver(STEPS_PER_LOOK)) return work.next();
+        continue;
+      }
       let next: number;
       if (isOther) next = endOfDifferent(map, before, idx, Math.min(last, idx + DIFFERENT_STEP));
       else {

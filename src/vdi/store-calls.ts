@@ -56,17 +56,17 @@ export class ObjectCalls implements ObjectReader {
    * Make the object at idx and point the map at it; `copyOf` as in ObjectVdi.createObject. Object first, map entry second: a
    * crash in between leaves an object that no map refers to. Errors: as `writeObject`.
    */
-  async makeObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+  makeObject(idx: number, offset: number, data: Buffer, copyOf: number): Awaitable<void> {
     this.#checkChange(idx, offset, data.length);
     // The object's vid: in a cluster `creationVid` may be another one by the time the object is there.
     const { creationVid } = this.#vdi;
     const later = this.#vdi.createObject(idx, offset, data, copyOf);
-    if (later !== undefined) await later;
-    await this.#vdi.setOwner(idx, creationVid);
+    if (later === undefined) return this.#vdi.setOwner(idx, creationVid);
+    return later.then(() => this.#vdi.setOwner(idx, creationVid));
   }
 
   /** A new object of zeros. */
-  makeEmptyObject(idx: number): Promise<void> {
+  makeEmptyObject(idx: number): Awaitable<void> {
     return this.makeObject(idx, 0, NOTHING, 0);
   }
 

@@ -22,7 +22,7 @@ export class Zeroing {
   readonly #changes: ObjectChanges;
   readonly #questions: MapQuestions;
   /** Make the object at idx, or copy it, with data laid over. */
-  readonly #create: (idx: number, within: number, data: Buffer) => Promise<void>;
+  readonly #create: (idx: number, within: number, data: Buffer) => Awaitable<void>;
   readonly #objectSize: number;
 
   constructor(
@@ -31,7 +31,7 @@ export class Zeroing {
       readonly calls: ObjectCalls;
       readonly changes: ObjectChanges;
       readonly questions: MapQuestions;
-      readonly create: (idx: number, within: number, data: Buffer) => Promise<void>;
+      readonly create: (idx: number, within: number, data: Buffer) => Awaitable<void>;
     },
   ) {
     this.#open = open;
@@ -154,7 +154,7 @@ export class Zeroing {
       const partLength = Math.min(end - idx * this.#objectSize, this.#objectSize) - from;
       const owner = this.#open.map[idx] ?? 0;
       if (owner === 0 || this.#isWhole(idx, from, partLength)) continue;
-      if (this.#open.exclusive(idx)) {
+      if (this.#open.exclusive(idx) || this.#open.copiesBlocks === true) {
         if (!canStore) return false;
       } else if (noHole || !(await isHoleIn(this.#calls, owner, idx, from, partLength))) return false;
     }
@@ -221,7 +221,7 @@ export class Zeroing {
       await this.#changes.run(idx, async () => this.#calls.dropObject(idx));
     }
     if (this.#changes.running(idx) === undefined && (this.#open.map[idx] === 0 || !this.#open.exclusive(idx))) {
-      await this.#changes.run(idx, () => this.#create(idx, 0, NOTHING));
+      await this.#changes.run(idx, async () => this.#create(idx, 0, NOTHING));
     }
     await this.#zeroObject(idx, within, length, noHole);
   }

@@ -232,7 +232,7 @@ describe('the log of map changes, written off the loop', () => {
     const record = (vid: number): VdiRecord => ({ vid, name: 'disk', isSnapshot: vid === 1 }) as VdiRecord;
     const { changes, doubtful } = logs.read(logs.session, { record, flushedGeneration: () => flushed });
     expect(doubtful).toEqual([]);
-    return changes.map(({ vid, idx, owner }) => [vid, idx, owner]);
+    return changes.map(({ vid, idx, value }) => [vid, idx, value]);
   }
 
   test('has all entries in order when they are answered, across a snapshot and several files', async () => {

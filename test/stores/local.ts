@@ -4,7 +4,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { logHeader, mapLogDirectory } from '../../src/store/local/map-log-format.js';
-import { LocalStore } from '../../src/store/local/local-store.js';
+import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { Session } from './session.js';
@@ -36,6 +36,15 @@ export const localStore: StoreKind = {
   start: () => Promise.resolve(new LocalUnderTest()),
 };
 
+/** Every new object is an overlay, also where nothing is below. */
+export const localStoreOfOverlays: StoreKind = {
+  label: 'local store of overlays',
+  abilities: ABILITIES,
+  effort: 1,
+  sequences: { quick: 20, full: 60, long: 5000 },
+  start: () => Promise.resolve(new LocalUnderTest({ makesOnlyOverlays: true, mergeDelayMs: 0 })),
+};
+
 export const readOnlyLocalStore: StoreKind = {
   label: 'local store on a read-only filesystem',
   missing: process.getuid?.() === 0 ? undefined : 'mounting needs root',
@@ -49,9 +58,14 @@ class LocalUnderTest implements StoreUnderTest {
   directory = scratchDirectory();
   #store: LocalStore | undefined;
   #catalog: VdiCatalog | undefined;
+  readonly #options: LocalStoreOptions;
+
+  constructor(options: LocalStoreOptions = {}) {
+    this.#options = options;
+  }
 
   async open(): Promise<VdiCatalog> {
-    this.#store = await LocalStore.open(this.directory, { maxDescriptors: MAX_DESCRIPTORS });
+    this.#store = await LocalStore.open(this.directory, { maxDescriptors: MAX_DESCRIPTORS, ...this.#options });
     return (this.#catalog = new VdiCatalog(this.#store));
   }
 
@@ -71,11 +85,17 @@ class LocalUnderTest implements StoreUnderTest {
     this.directory = copy;
   }
 
+  async settle(): Promise<void> {
+    await this.#store?.merger.settled();
+  }
+
   async objects(): Promise<string[]> {
     await this.#store?.reclaimed();
     const root = path.join(this.directory, 'objects');
     const names = fs.readdirSync(root, { recursive: true, encoding: 'utf8' });
-    return names.filter((name) => name.includes(path.sep));
+    const overlays = path.join(this.directory, 'overlays');
+    const segments = fs.existsSync(overlays) ? fs.readdirSync(overlays) : [];
+    return [...names.filter((name) => name.includes(path.sep)), ...segments];
   }
 
   async stop(): Promise<void> {

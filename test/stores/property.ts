@@ -21,7 +21,7 @@ type Change = 'write' | 'zero' | 'zero-allocated' | 'trim';
 
 type Op = { readonly on: number } & (
   | { kind: Change; at: number; length: number; fill: number; fua: boolean }
-  | { kind: 'flush' | 'reopen' | 'crash' | 'detach' }
+  | { kind: 'flush' | 'reopen' | 'crash' | 'detach' | 'settle' }
   | {
       kind: 'snapshot' | 'outside' | 'temporary' | 'clone' | 'rollback' | 'delete' | 'read';
       pick: number;
@@ -30,7 +30,7 @@ type Op = { readonly on: number } & (
 );
 
 /** Operations that a store can do, by how often they come. */
-function operations(abilities: Abilities, hasOutside: boolean): fc.Arbitrary<Op> {
+function operations(abilities: Abilities, hasOutside: boolean, settles: boolean): fc.Arbitrary<Op> {
   const { objectSize } = abilities;
   const on = fc.nat(MAX_WORKING - 1);
   const range = fc.record({
@@ -55,9 +55,11 @@ function operations(abilities: Abilities, hasOutside: boolean): fc.Arbitrary<Op>
     ...(canSnapshotTemporarily ? ['temporary'] : []),
     ...(canClone ? ['clone', 'rollback'] : []),
   ] as ('read' | 'delete' | 'snapshot' | 'outside' | 'temporary' | 'clone' | 'rollback')[];
-  const endings = ['flush', 'detach', ...(keepsState ? ['reopen', 'crash'] : [])] as (
-    'flush' | 'detach' | 'reopen' | 'crash'
-  )[];
+  const endings = [
+    ...['flush', 'detach'],
+    ...(keepsState ? ['reopen', 'crash'] : []),
+    ...(settles ? ['settle', 'settle'] : []),
+  ] as ('flush' | 'detach' | 'reopen' | 'crash' | 'settle')[];
   return fc.oneof(
     { weight: 12, arbitrary: change('write') },
     { weight: 3, arbitrary: change('zero') },
@@ -86,7 +88,7 @@ export function property(session: Session, sequences: StoreKind['sequences']): v
     `${runs} random sequences leave every VDI and snapshot equal to the model`,
     async () => {
       const hasOutside = abilities.canSnapshot && session.store.snapshotFromOutside !== undefined;
-      const op = operations(abilities, hasOutside);
+      const op = operations(abilities, hasOutside, session.store.settle !== undefined);
       await fc.assert(
         fc.asyncProperty(fc.array(op, { minLength: 5, maxLength: 40 }), async (ops) => {
           await session.removeAll(); // so that a failure can be narrowed down
@@ -139,6 +141,9 @@ class Run {
         break;
       case 'detach':
         await this.#detach();
+        break;
+      case 'settle':
+        await this.#session.store.settle?.();
         break;
       case 'reopen':
         this.#forgetOpen();
@@ -283,7 +288,7 @@ class Run {
       if (!isChanged && !content.subarray(at, at + length).equals(old.subarray(at, at + length))) {
         throw new Error(`${name} differs from ${base} in ${length} bytes at ${at}, which count as unchanged`);
       }
-      for (let idx = at / objectSize; isChanged && idx * objectSize < at + length; idx++) {
+      for (let idx = Math.floor(at / objectSize); isChanged && idx * objectSize < at + length; idx++) {
         if (versions[idx] === oldVersions[idx])
           throw new Error(`object ${idx} of ${name} counts as changed since ${base}`);
       }

@@ -59,6 +59,8 @@ export interface StoreUnderTest {
   objects(): Promise<string[]>;
   /** Take a snapshot behind the store's back, as another tool of the cluster does. Absent: nobody else can. */
   snapshotFromOutside?(name: string, tag: string): Promise<void>;
+  /** Do the work that the store does in the background when nobody disturbs it. Absent: there is none. */
+  settle?(): Promise<void>;
   /** What the other side (a stand-in for nodes) has to complain about. */
   violations?(): readonly string[];
   /** Of a store that can only be read: what each VDI and snapshot holds, by NAME or NAME@TAG. */

@@ -59,14 +59,21 @@ describe('no code bypasses the seam', () => {
   });
 });
 
-test('only object-files.ts and its parts know that objects are files; only the store imports it', () => {
+test('only object-files.ts and its parts know names of files; only layered-objects.ts and its parts import it', () => {
   const folder = path.join(SOURCES, 'store/local');
   const importersOf = (part: string): string[] =>
     fs
       .readdirSync(folder)
       .filter((name) => fs.readFileSync(path.join(folder, name), 'utf8').includes(`/${part}.js'`))
       .sort();
-  expect(importersOf('object-files')).toEqual(['local-store.ts']);
+  expect(importersOf('object-files')).toEqual([
+    'layered-objects.ts',
+    'layers.ts',
+    'local-store.ts',
+    'open-layers.ts',
+    'overlay-writes.ts',
+    'segment-space.ts',
+  ]);
   const parts = ['object-names', 'object-opening', 'object-removal', 'sparse-copy'];
   const users = new Set(parts.flatMap(importersOf));
   expect([...users].sort()).toEqual(['object-files.ts', 'object-opening.ts', 'object-removal.ts']);
@@ -150,7 +157,7 @@ describe('a recording disk sees, in order,', () => {
     expect(recording.takeLines()).toEqual([`write ${FIRST}`, `sync ${FIRST}`]);
   });
 
-  test('a snapshot: dirty data is synced before the commits that complete the snapshot, and the next write copies', async () => {
+  test('a snapshot: dirty data is synced before the commits that complete the snapshot, and the next write makes an overlay', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     recording.takeLines();
     await catalog.snapshot('disk', 's');
@@ -164,11 +171,24 @@ describe('a recording disk sees, in order,', () => {
       'commit meta.mdb',
     ]);
     await vdi.write(0, Buffer.alloc(BLOCK, 2), false);
-    const second = 'objects/02/0000000200000000';
-    const copied = recording.takeLines();
-    expect(copied.slice(0, 2)).toEqual([`create ${second}`, `resize ${second}`]);
-    expect(copied).toContain(`copy ${second}`);
-    expect(copied.at(-1)).toBe('write recent/1');
+    const segment = 'overlays/0000000200000000';
+    expect(recording.takeLines()).toEqual([
+      'create overlays',
+      'sync names overlays',
+      'sync names .',
+      'commit meta.mdb',
+      `create ${segment}`,
+      `resize ${segment}`,
+      `write ${segment}`,
+      'write recent/1',
+      'write recent/1',
+    ]);
+    await vdi.write(BLOCK, Buffer.alloc(BLOCK, 3), false);
+    expect(recording.takeLines()).toEqual([`write ${segment}`, 'write recent/1']);
+    await vdi.write(BLOCK, Buffer.alloc(BLOCK, 4), false);
+    expect(recording.takeLines()).toEqual([`write ${segment}`]);
+    await vdi.flush();
+    expect(recording.takeLines()).toEqual([`sync ${segment}`, 'sync names overlays', 'commit meta.mdb']);
   });
 
   test('a delete: no object is removed before the commit that ends all references to it', async () => {

@@ -27,6 +27,12 @@ export const VDI_ROUTES: readonly Route[] = [
     path: ['vdis'],
     answer: ({ operations, query }) => (query.get('details') === '1' ? operations.listDetails() : operations.list()),
   },
+  { method: 'GET', path: ['merging'], answer: ({ operations }) => operations.merging() },
+  {
+    method: 'POST',
+    path: ['merging'],
+    answer: ({ operations, body }) => operations.merging({ paused: flag(body, 'paused') }),
+  },
   { method: 'GET', path: ['damaged'], answer: ({ operations }) => operations.listDamaged() },
   {
     method: 'POST',

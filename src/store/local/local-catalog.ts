@@ -10,6 +10,8 @@ import { inOrder, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import type { MapLogs } from './map-logs.js';
 import { pagesOf } from './map-pages.js';
+import { loadLayers } from './overlay-loading.js';
+import type { OverlayMerger } from './overlay-merger.js';
 import { isPlanted } from './planted-faults.js';
 import { MAX_VID } from '../../sheepdog/object-ids.js';
 import { checkStore, type CheckedStore } from './store-check.js';
@@ -25,6 +27,9 @@ export interface CatalogHost extends LocalVdiHost, TemporaryVdiHost, CheckedStor
   readonly open: Map<number, LocalVdi>;
   releaseMap(map: Uint32Array, only?: Uint8Array): void;
   backgroundError(error: unknown): void;
+  readonly merger: OverlayMerger;
+  /** A VDI was opened. */
+  opened(): void;
 }
 
 /** src/vdi makes the calls for one name one at a time. */
@@ -101,12 +106,14 @@ export class LocalCatalog implements Catalog {
     await metadata.settled();
     const generation = metadata.flushedGeneration(vid) + 1;
     const map = await metadata.loadMap(record);
+    await loadLayers(this.#store, map);
     const vdi = new LocalVdi(this.#store, record, map, generation, logs.logOf(vid, generation), () =>
       this.#store.open.delete(vdi.record.vid),
     );
     // After a VDI was discarded its temporary snapshots still have objects of its vid in their maps. Kept files may have the vid, too.
     if (this.#temporaries.size > 0 || this.#store.keptVids.has(vid)) vdi.nameAnew(this.#nextVid());
     this.#store.open.set(vid, vdi);
+    this.#store.opened();
     return vdi;
   }
 
@@ -256,7 +263,10 @@ export class LocalCatalog implements Catalog {
 
   async usage(vid: number): Promise<Usage> {
     const opened = this.#temporaries.get(vid)?.temporary ?? this.#store.open.get(vid);
-    return this.#usageOf(opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid))));
+    const map = opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid)));
+    const usage = await this.#usageOf(map);
+    const { overlays, bytes } = await this.#store.merger.state(map);
+    return overlays === 0 ? usage : { ...usage, merging: { overlays, bytes } };
   }
 
   async usages(): Promise<ReadonlyMap<number, Usage>> {
@@ -284,7 +294,7 @@ export class LocalCatalog implements Catalog {
   }
 
   check(options: { readonly repair: boolean }): Promise<CheckReport> {
-    return checkStore(this.#store, options);
+    return this.#store.merger.still(() => checkStore(this.#store, options));
   }
 
   #working(
@@ -337,6 +347,7 @@ export class LocalCatalog implements Catalog {
       this.#lastVid = (this.#lastVid % MAX_VID) + 1;
       const vid = this.#lastVid;
       if (metadata.record(vid) || references.uses(vid) || this.#temporaries.has(vid)) continue;
+      if (this.#store.overlays.uses(vid)) continue;
       if (this.#store.keptVids.has(vid)) continue;
       if (this.#store.open.has(vid) || this.#namesNow(vid)) continue;
       return vid;

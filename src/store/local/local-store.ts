@@ -6,16 +6,22 @@
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
 import { hostDisk } from '../../system/real-disk.js';
-import type { ObjectStore, StoreState } from '../object-store.js';
+import type { Merging, ObjectStore, StoreState } from '../object-store.js';
 import { CachedReads } from './cached-reads.js';
-import { OBJECTS, type DataObjects } from './data-objects.js';
+import { OBJECTS } from './data-objects.js';
 import { isTmpfs } from './filesystem-abilities.js';
 import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
 import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
-import { ObjectFiles, type SharedByFiles } from './object-files.js';
-import { idxOf, localObjectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { LayeredObjects } from './layered-objects.js';
+import type { Layers } from './layers.js';
+import type { SharedByFiles } from './object-files.js';
+import { openLayers } from './open-layers.js';
+import { OverlayMerger, type MergerHost } from './overlay-merger.js';
+import { OverlayRemoval } from './overlay-removal.js';
+import type { Overlays } from './overlays.js';
+import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { removeCreation } from './store-directory.js';
 import { isDiskError } from './store-errors.js';
 import type { HolderRole, StoreLock } from './store-lock.js';
@@ -27,32 +33,45 @@ import { WriteThrottle } from './write-throttle.js';
 export interface LocalStoreOptions {
   /** For the operator: events that no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
+  /** The same, where nothing is wrong. */
+  readonly note?: (line: string, details?: object) => void;
   /** What this process is: shown to other processes that find the store locked. 'command' if not given. */
   readonly role?: HolderRole;
   /** Whether a store is created in a directory that is missing or empty; true if not given. */
   readonly mayCreate?: boolean;
   /** At most this many files are kept open; by default as many as the process's limit allows. */
   readonly maxDescriptors?: number;
+  /** For tests: every new object is an overlay, also where nothing is below. */
+  readonly makesOnlyOverlays?: boolean;
+  /** For tests: when merging of overlays begins after something was given up, milliseconds. */
+  readonly mergeDelayMs?: number;
   /** The disk that the store is on; this machine's if not given. */
   readonly disk?: HostDisk;
 }
 
-export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
+export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, MergerHost {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
   readonly metadata: Metadata;
   readonly disk: HostDisk;
-  readonly objects: DataObjects;
+  readonly objects: LayeredObjects;
   readonly reads: CachedReads;
   readonly throttle: WriteThrottle;
-  readonly references = new ReferenceCounts();
+  readonly references: ReferenceCounts;
+  readonly overlays: Overlays;
+  readonly makesOnlyOverlays: boolean;
+  readonly mergeDelayMs: number | undefined;
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
   readonly state: StoreState;
   readonly #lock: StoreLock;
   /** For the operator: events that no caller waits for. */
   readonly log: (line: string, details?: object) => void;
+  /** The same, where nothing is wrong. */
+  readonly note: (line: string, details?: object) => void;
+  readonly layers: Layers;
+  readonly merger: OverlayMerger;
   readonly open = new Map<number, LocalVdi>();
   /** Vids in the names of object files that are kept without any reference: no new VDI or object may have them. */
   keptVids: ReadonlySet<number> = new Set();
@@ -64,6 +83,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   #isUnwanted = false;
   /** Why the reference counts are wrong: the next open counts them again. */
   #lost: Error | undefined;
+  readonly #records: OverlayRemoval;
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
 
@@ -71,7 +91,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     location: string,
     lock: StoreLock,
     metadata: Metadata,
-    objects: DataObjects,
+    layers: Layers,
     shared: SharedByFiles,
     options: LocalStoreOptions & Pick<LocalStore, 'readOnlyBecause'> & Pick<Found, 'isNew' | 'hasMadeDirectory'>,
   ) {
@@ -85,8 +105,16 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.identity = disk.realpathSync(location);
     this.#lock = lock;
     this.metadata = metadata;
-    this.objects = objects;
+    this.references = layers.references;
+    this.overlays = layers.overlays;
+    this.objects = new LayeredObjects(layers);
+    this.mergeDelayMs = options.mergeDelayMs;
+    this.makesOnlyOverlays = options.makesOnlyOverlays ?? false;
+    this.#records = new OverlayRemoval(metadata, this.overlays, (error) => this.backgroundError(error));
     this.log = options.log ?? (() => undefined);
+    this.note = options.note ?? (() => undefined);
+    this.layers = layers;
+    this.merger = new OverlayMerger(this);
     const logFailed = (error: unknown): void => {
       if (isDiskError(error)) metadata.suspectDisk();
       this.log('what is written until the next flush would be lost if this process were killed', { err: error });
@@ -129,14 +157,14 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
         throttle: new WriteThrottle(),
         onDiskError: () => metadata?.suspectDisk(),
       };
-      const { maxDescriptors } = options;
-      const objects = ObjectFiles.open(shared, root, { maxDescriptors, isReadOnly });
+      const layers = openLayers(shared, location, { ...options, isReadOnly }, () => metadata);
       if (!isReadOnly) openLogFolder(disk, location, isNew);
       const opened = isNew
         ? await Metadata.create(disk, location)
         : await Metadata.open(disk, location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, objects, shared, {
+      if (metadata.hasOverlayFormat && !isReadOnly) layers.segments.makeFolder();
+      const store = new LocalStore(location, lock, metadata, layers, shared, {
         ...options,
         ...found,
         readOnlyBecause,
@@ -160,6 +188,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   /** Shown to other processes: this one gives up the store when its running work has ended. */
   announceStop(): void {
     this.#lock.say('stopping daemon');
+  }
+
+  get merging(): Merging {
+    return this.merger;
   }
 
   async freeSpace(vdi: LocalVdi): Promise<void> {
@@ -193,7 +225,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   #inBackground(work: Promise<void>): void {
     const releasing = work
       .catch((error: unknown) => this.backgroundError(error))
-      .finally(() => this.#releasing.delete(releasing));
+      .finally(() => {
+        this.#releasing.delete(releasing);
+        if (this.overlays.size > 0) this.merger.look();
+      });
     this.#releasing.add(releasing);
   }
 
@@ -231,13 +266,24 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       return;
     }
     if (this.references.drop(vidOf(key), idxOf(key)) > 0) return;
-    this.objects.remove(key, (error) => this.backgroundError(error));
+    if (this.overlays.baseOf(vidOf(key), idxOf(key)) !== 0) this.#records.add(key);
+    const below = this.objects.remove(key, (error) => this.backgroundError(error));
+    if (below !== undefined) this.#releaseOne(below);
   }
 
   /** Resolves when the space of all objects given up so far is free. */
   async reclaimed(): Promise<void> {
     while (this.#releasing.size > 0) await Promise.all(this.#releasing);
     await this.objects.removed();
+    await this.#records.stored();
+  }
+
+  merged(vdi: LocalVdi): Promise<void> {
+    return this.merger.left(vdi);
+  }
+
+  opened(): void {
+    if (this.overlays.size > 0) this.merger.look();
   }
 
   discard(vdi: LocalVdi): void {
@@ -245,6 +291,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     for (const temporary of vdi.temporaries) temporary.leaveAllNow();
     try {
       if (stored) this.references.addAll(this.metadata.map(stored));
+      this.#goBackTo(vdi);
     } catch (error) {
       // The disk is gone. Nothing is released: the next open counts the references again.
       this.#lost ??= error as Error;
@@ -255,6 +302,25 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     vdi.abandon();
     this.release(vdi.releases);
     this.releaseMap(vdi.map);
+  }
+
+  /** Its overlays become what is stored of them, with the references that they hold. */
+  #goBackTo(vdi: LocalVdi): void {
+    for (const key of vdi.releases) {
+      if (!this.overlays.isDetached(key)) continue;
+      // What lies over it now has its reference; that one goes back below.
+      this.overlays.detach(key, false);
+      this.references.add(this.overlays.baseOf(vidOf(key), idxOf(key)), idxOf(key));
+    }
+    for (const key of vdi.unstoredOverlays) {
+      const vid = vidOf(key);
+      const idx = idxOf(key);
+      const before = this.overlays.reset(key);
+      const base = this.overlays.baseOf(vid, idx);
+      if (base === before) continue;
+      if (base !== vid) this.references.add(base, idx);
+      if (before !== vid) this.release([localObjectKey(before, idx)]);
+    }
   }
 
   backgroundError(error: unknown): void {
@@ -271,6 +337,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   async close(): Promise<void> {
     let clean = true;
     let failure: Error | undefined;
+    await this.merger.close();
     await this.catalog.dropTemporaries().catch((error: unknown) => (failure = error as Error));
     for (const vdi of this.open.values()) {
       try {

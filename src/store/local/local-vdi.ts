@@ -8,13 +8,16 @@ import type { StoreError } from '../store-error.js';
 import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
+import { OverlayNotes } from './overlay-notes.js';
+import type { OverlayWrite } from './overlay-records.js';
+import type { Overlays } from './overlays.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
 import { ObjectSyncs, type SyncHost } from './object-syncs.js';
 import { isPlanted } from './planted-faults.js';
-import { localObjectKey } from './reference-counts.js';
+import { idxOf, localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
-import { UnflushedChanges, type Batch } from './unflushed-changes.js';
+import { both, UnflushedChanges, type Batch } from './unflushed-changes.js';
 
 /** Trimmed space is given back after this time at the latest, also if the client never flushes. */
 const RELEASE_DELAY_MS = 1000;
@@ -24,8 +27,13 @@ const RELEASE_BATCH = 256;
 /** What a LocalVdi needs of its store. */
 export interface LocalVdiHost extends SyncHost {
   readonly metadata: Metadata;
+  readonly overlays: Overlays;
+  /** For tests: objects that lie over nothing are overlays, too. */
+  readonly makesOnlyOverlays: boolean;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
+  /** Resolves when no merge works on this VDI. */
+  merged(vdi: LocalVdi): Promise<void>;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
   discard(vdi: LocalVdi): void;
   /** A flush that no caller waits for has failed. */
@@ -61,6 +69,11 @@ export class LocalVdi implements ObjectVdi {
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
   readonly #log: MapLog;
+  readonly notes: OverlayNotes;
+  /** It is being closed: no merge may begin. */
+  #isClosing = false;
+  /** Objects that were made as whole files where an overlay of the same name was. */
+  readonly #replacing = new Set<number>();
   readonly #onClosed: () => void;
 
   /**
@@ -83,6 +96,13 @@ export class LocalVdi implements ObjectVdi {
     this.#creationVid = record.vid;
     this.#log = log;
     this.#onClosed = onClosed;
+    this.notes = new OverlayNotes(
+      this.#changes,
+      log,
+      host.overlays,
+      (idx) => this.map[idx] as number,
+      (key) => this.#giveUp(key),
+    );
   }
 
   get creationVid(): number {
@@ -109,6 +129,26 @@ export class LocalVdi implements ObjectVdi {
   /** The VDI has users again. */
   resume(): void {
     this.#isIdle = false;
+    this.#isClosing = false;
+  }
+
+  mayMerge(vid: number, idx: number): boolean {
+    return !this.#isClosing && this.map[idx] === vid && this.exclusive(idx);
+  }
+
+  /** Temporary snapshots refer to the overlay by this map: it waits for their end. */
+  collapse(idx: number): boolean {
+    const { overlays } = this.#host;
+    const owner = this.map[idx] as number;
+    if (!this.mayMerge(owner, idx) || this.isKeptAside(idx)) return false;
+    const base = overlays.baseOf(owner, idx);
+    // The overlay's reference to what is below is the map's from here on.
+    overlays.detach(localObjectKey(owner, idx));
+    this.map[idx] = base;
+    this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
+    void this.#log.changed(idx, base);
+    this.#giveUp(localObjectKey(owner, idx));
+    return true;
   }
 
   // `this` is passed on for the share of threads: clones of one image share objects, but each has a share of its own.
@@ -129,6 +169,10 @@ export class LocalVdi implements ObjectVdi {
     return this.#host.objects.isDense(vid, idx);
   }
 
+  changedBlocks(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean {
+    return this.#host.objects.changes(owner, before, idx, offset, length, sink);
+  }
+
   writeObject(idx: number, offset: number, data: Buffer): Awaitable<void> {
     const owner = this.map[idx] as number;
     const keeping =
@@ -138,13 +182,8 @@ export class LocalVdi implements ObjectVdi {
   }
 
   #writeOwned(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    let later: Awaitable<void>;
-    try {
-      later = this.#host.objects.write(owner, idx, offset, data, this);
-    } catch (error) {
-      const failure = error as Error;
-      later = Promise.reject(failure);
-    }
+    if (this.#host.objects.isOverlay(owner, idx)) return this.#writeOver(owner, idx, offset, data);
+    const later = begun(() => this.#host.objects.write(owner, idx, offset, data, this));
     if (later === undefined) {
       this.#noteWritten(owner, idx);
       return;
@@ -156,14 +195,37 @@ export class LocalVdi implements ObjectVdi {
       .then(() => this.#noteWritten(owner, idx));
   }
 
-  /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new file. */
-  async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
-    const { objects, references } = this.#host;
+  #writeOver(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const { objects } = this.#host;
+    const write = (): Awaitable<void> => objects.writeOver(owner, idx, offset, data, this.notes, this);
+    return begun(write)?.catch((error: unknown) => this.#afterFreeing(error, async () => write()));
+  }
+
+  /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new object. */
+  createObject(idx: number, offset: number, data: Buffer, copyOf: number): Awaitable<void> {
     const vid = this.#creationVid;
+    this.#host.references.add(vid, idx);
+    if (copyOf === 0 && !this.#host.makesOnlyOverlays) return this.#createWhole(vid, idx, offset, data);
+    const { objects } = this.#host;
+    if (copyOf === 0 && objects.isOverlay(vid, idx)) this.#replaceOverlay(localObjectKey(vid, idx));
+    // Over nothing, all of it is its own.
+    const over = copyOf === 0 ? vid : copyOf;
+    const size = 2 ** this.record.blockSizeShift;
+    const create = (): Awaitable<void> => objects.createOver(vid, idx, over, size, offset, data, this.notes, this);
+    return begun(create)
+      ?.catch((error: unknown) => this.#afterFreeing(error, async () => create()))
+      .catch((error: unknown) => {
+        this.#host.release([localObjectKey(vid, idx)]);
+        throw error;
+      });
+  }
+
+  async #createWhole(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+    const { objects } = this.#host;
     const key = localObjectKey(vid, idx);
-    const from = copyOf === 0 ? undefined : localObjectKey(copyOf, idx);
-    const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, from, this);
-    references.add(vid, idx);
+    const create = (): Promise<void> =>
+      objects.create(key, 2 ** this.record.blockSizeShift, offset, data, undefined, this);
+    if (objects.isOverlay(vid, idx)) this.#replaceOverlay(key);
     this.#changes.creating.add(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(error, create));
@@ -174,14 +236,34 @@ export class LocalVdi implements ObjectVdi {
     }
   }
 
+  /**
+   * An object is made whole under the name of an overlay that was trimmed, and that the stored map may refer to still. What the
+   * overlay had is not needed, also after a crash; what is below it is, until the next flush.
+   */
+  #replaceOverlay(key: number): void {
+    this.notes.forgets(key);
+    const below = this.#host.objects.remove(key, (error) => this.#host.backgroundError(error));
+    if (below !== undefined) this.#giveUp(below);
+    this.#replacing.add(idxOf(key));
+  }
+
   async zeroObject(idx: number, offset: number, length: number, { noHole }: ZeroOptions): Promise<void> {
+    const { objects } = this.#host;
     const owner = this.map[idx] as number;
     const keeping = keepFor(this.temporaries, owner, idx, offset, length);
     if (keeping !== undefined) await keeping;
-    const zero = (): Promise<void> => this.#host.objects.zero(owner, idx, offset, length, noHole, this);
+    if (objects.isOverlay(owner, idx)) {
+      const zero = (): Promise<void> => objects.zeroOver(owner, idx, offset, length, noHole, this.notes, this);
+      await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
+      return;
+    }
+    const zero = (): Promise<void> => objects.zero(owner, idx, offset, length, noHole, this);
     await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
     this.#noteWritten(owner, idx);
   }
+
+  /** An overlay has only the blocks that are written. */
+  readonly copiesBlocks = true;
 
   canZeroFast({ noHole }: ZeroOptions): boolean {
     return this.#host.objects.canZeroFast(noHole);
@@ -209,7 +291,8 @@ export class LocalVdi implements ObjectVdi {
   setOwner(idx: number, owner: number): Awaitable<void> {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
-    if (owner !== 0) {
+    const isOverlay = owner !== 0 && this.#host.objects.isOverlay(owner, idx);
+    if (owner !== 0 && !isOverlay) {
       // Marked here and not in createObject, which has counted the reference: a sync skips objects without references.
       const skips = isPlanted('flush skips new objects') && this.#changes.inFlight !== undefined;
       if (!skips) this.#changes.objects.add(localObjectKey(owner, idx));
@@ -217,13 +300,17 @@ export class LocalVdi implements ObjectVdi {
       this.#changes.creating.delete(localObjectKey(owner, idx));
     }
     this.map[idx] = owner;
-    const logged = this.#log.changed(idx, owner);
     this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
-    if (before !== 0) {
-      this.#changes.releases.push(localObjectKey(before, idx));
-      this.#releaseSoon();
-    }
-    return logged;
+    if (before !== 0) this.#giveUp(localObjectKey(before, idx));
+    if (isOverlay) return this.notes.entered(idx, owner, before);
+    if (this.#replacing.delete(idx) && owner !== 0) return this.#log.madeWhole(idx, owner);
+    return this.#log.changed(idx, owner);
+  }
+
+  /** A reference that a stored map or overlay has: it counts until the next flush is durable. */
+  #giveUp(key: number): void {
+    this.#changes.releases.push(key);
+    this.#releaseSoon();
   }
 
   /** Called when a write has reached the file, not before: a sync in between does not cover the write. */
@@ -242,18 +329,28 @@ export class LocalVdi implements ObjectVdi {
 
   async flushObject(idx: number): Promise<void> {
     const page = Math.floor(idx / PAGE_ENTRIES);
-    const key = localObjectKey(this.map[idx] as number, idx);
+    const { objects, overlays } = this.#host;
+    const owner = this.map[idx] as number;
+    const key = localObjectKey(owner, idx);
+    const file = objects.fileOf(key);
+    // What is below an overlay is written only where nobody else refers to it.
+    const base = overlays.baseOf(owner, idx);
+    const mayBeBelow = base !== 0 && base !== owner && this.#host.references.of(base, idx) === 1;
     const plain =
       this.#pendingMove === undefined &&
       !this.#changes.pages.has(page) &&
       !this.#changes.inFlight?.pages.has(page) &&
       !this.#changes.recordChanged &&
-      !this.#changes.created.has(key);
+      !mayBeBelow &&
+      !this.#changes.overlays.has(key) &&
+      !this.#changes.inFlight?.overlays.has(key) &&
+      !this.#changes.created.has(file) &&
+      !this.#changes.inFlight?.created.has(file);
     if (!plain) return this.flush();
-    if (!this.#changes.objects.has(key)) return this.flush(); // the flush in flight may be syncing it: wait for that
+    if (!this.#changes.objects.has(file)) return this.flush(); // the flush in flight may be syncing it: wait for that
     this.#syncs.assertIntact();
-    // The object stays marked: writes during the sync need another sync.
-    await this.#syncs.sync([key]);
+    // The file stays marked: writes during the sync need another sync.
+    await this.#syncs.sync([file]);
   }
 
   /**
@@ -261,10 +358,13 @@ export class LocalVdi implements ObjectVdi {
    * trusted then, and the next open begins with the durable content.
    */
   async close(): Promise<void> {
+    this.#isClosing = true;
+    await this.#host.merged(this);
     try {
       await this.flush();
     } catch (error) {
       if (this.#syncs.hasFailed) this.#host.discard(this);
+      else this.#isClosing = false;
       throw error;
     }
     // The references of this VDI keep the objects alive that temporary snapshots have not adopted yet.
@@ -283,6 +383,11 @@ export class LocalVdi implements ObjectVdi {
   /** References that this VDI holds beside those of its map, one entry each. */
   get releases(): readonly number[] {
     return this.#changes.releases;
+  }
+
+  /** Overlays that are not stored as they are in memory. */
+  get unstoredOverlays(): Iterable<number> {
+    return this.#changes.unstoredOverlays;
   }
 
   /** Vids under which the metadata still has records that this VDI's `record` has superseded (after a snapshot that failed). */
@@ -321,6 +426,7 @@ export class LocalVdi implements ObjectVdi {
       run ??= this.#finishMove(frozen, batch, snapshot, {
         objects: flushing && !flushing.isDurable ? both(flushing.objects, batch.objects) : batch.objects,
         created: flushing && !flushing.isDurable ? both(flushing.created, batch.created) : batch.created,
+        overlays: flushing && !flushing.isDurable ? both(flushing.overlays, batch.overlays) : batch.overlays,
         pages: recordWasDurable
           ? [...pages].map((page) => ({ vid: snapshot.vid, page, entries: pageOf(frozen, page) }))
           : pagesOf(snapshot.vid, frozen),
@@ -339,7 +445,12 @@ export class LocalVdi implements ObjectVdi {
     frozen: Uint32Array,
     batch: Batch,
     snapshot: VdiRecord,
-    toStore: { objects: Iterable<number>; created: Iterable<number>; pages: readonly PageWrite[] },
+    toStore: {
+      objects: Iterable<number>;
+      created: Iterable<number>;
+      overlays: Iterable<number>;
+      pages: readonly PageWrite[];
+    },
   ): Promise<void> {
     const { record } = this;
     // The snapshot's references are counted before any is released: the VDI gives up references only with a later flush.
@@ -355,11 +466,14 @@ export class LocalVdi implements ObjectVdi {
       await this.#syncs.sync(toStore.objects);
       await this.#syncs.syncNames(toStore.created);
       await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
+      // Nobody changes these overlays now: the snapshot has them.
+      const overlays = await this.#storeOverlays(toStore.overlays);
       await this.#host.metadata.commit({
         records: [snapshot, record],
         flushed: [{ vid: record.vid, generation: batch.generation }],
         removed: batch.obsolete,
         pages: toStore.pages,
+        overlays,
       });
     } catch (error) {
       this.#undoMove(batch, snapshot.vid, frozen);
@@ -439,11 +553,12 @@ export class LocalVdi implements ObjectVdi {
     try {
       await this.#syncs.sync(batch.objects);
       await this.#syncs.syncNames(batch.created);
+      const overlays = await this.#storeOverlays(batch.overlays, batch.before);
       if (batch.recordChanged) {
         await this.#host.metadata.preparePages(pages);
-        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed });
-      } else if (pages.length > 0) {
-        await this.#host.metadata.commit({ pages, flushed });
+        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed, overlays });
+      } else if (pages.length > 0 || batch.overlays.size > 0) {
+        await this.#host.metadata.commit({ pages, flushed, overlays });
       }
       batch.isDurable = true;
       logged();
@@ -456,18 +571,26 @@ export class LocalVdi implements ObjectVdi {
     if (!isPlanted('release before commit')) this.#host.release(batch.releases);
   }
 
+  /** `before`: what those were that have changed since. Returns those that are to be stored with the map. */
+  #storeOverlays(keys: Iterable<number>, before?: Batch['before']): Promise<Map<number, OverlayWrite | undefined>> {
+    const { metadata, overlays } = this.#host;
+    return metadata.storeOverlaysAhead(overlays.fromBelow(keys), (key) =>
+      before?.has(key) ? before.get(key) : overlays.stored(key),
+    );
+  }
+
   /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
   loseNames(isLost: (key: number) => boolean, error: unknown): void {
     if (this.#changes.hasUnsyncedName(isLost)) this.#syncs.fail(error);
   }
 }
 
-/** Can be iterated more than once. */
-function both(first: Iterable<number>, second: Iterable<number>): Iterable<number> {
-  return {
-    *[Symbol.iterator]() {
-      yield* first;
-      yield* second;
-    },
-  };
+/** A call that fails at once fails like one that fails later. */
+function begun(call: () => Awaitable<void>): Awaitable<void> {
+  try {
+    return call();
+  } catch (error) {
+    const failure = error as Error;
+    return Promise.reject(failure);
+  }
 }

@@ -19,6 +19,33 @@ export const OWNER = 2;
 /** [vid, 0]: a snapshot was taken, and the VDI continues under this vid. */
 export const MOVED = 3;
 
+/** [idx, owner]: the same as OWNER; the object is an overlay over the object that idx had, without any block. */
+export const OVERLAID = 4;
+/** [idx, base]: the overlay of idx lies over the object of the vid `base`; over nothing if that is the overlay's own. */
+export const BASED = 5;
+/** [idx, blocks]: the overlay of idx has these blocks; `packBlocks`. */
+export const HAS_BLOCKS = 6;
+/** The same; the overlay has them not. */
+export const LACKS_BLOCKS = 7;
+/** [idx, owner]: the same as OWNER; the object is a whole file, and an overlay of its name is gone. */
+export const MADE_WHOLE = 8;
+
+/** [idx, vid]: the next entry (BASED, HAS_BLOCKS, LACKS_BLOCKS) is about the overlay (vid, idx), which is below the map's object. */
+export const BELOW = 9;
+
+/** Blocks in one entry at most: 13 bits for their number, 19 bits for the first one. */
+const MAX_BLOCKS = 2 ** 13;
+
+/** The blocks [first, end) as one number, or the first MAX_BLOCKS of them. */
+export function packBlocks(first: number, end: number): number {
+  return first * MAX_BLOCKS + Math.min(end - first, MAX_BLOCKS) - 1;
+}
+
+export function unpackBlocks(packed: number): { readonly first: number; readonly end: number } {
+  const first = Math.floor(packed / MAX_BLOCKS);
+  return { first, end: first + (packed % MAX_BLOCKS) + 1 };
+}
+
 export interface Entry {
   readonly kind: number;
   readonly first: number;

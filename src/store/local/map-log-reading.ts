@@ -12,17 +12,18 @@ import {
   isLog,
   logHeader,
   MOVED,
-  OWNER,
   parse,
   VDI,
   type Entry,
 } from './map-log-format.js';
 
-/** One changed map entry of the VDI that is stored as `vid`. The flush `generation` was to store it. */
+/** One change at idx of the VDI that is stored as `vid`. The flush `generation` was to store it. */
 export interface LoggedChange {
   readonly vid: number;
   readonly idx: number;
-  readonly owner: number;
+  /** OWNER, OVERLAID, BASED, HAS_BLOCKS, LACKS_BLOCKS or MADE_WHOLE (map-log-format.ts), with its second number. */
+  readonly kind: number;
+  readonly value: number;
   readonly generation: number;
 }
 
@@ -144,7 +145,7 @@ class LogsOfOpening {
   /** The vid of a VDI that the log changes and that is neither stored nor removed; undefined if there is none. */
   #unknownOf(log: ReadLog): number | undefined {
     for (const { kind, vid, generation } of placed(log)) {
-      if (kind !== OWNER) continue;
+      if (!isChange(kind)) continue;
       const stored = this.#storedVid(vid);
       if (this.#stored.record(stored) === undefined && generation > this.#stored.flushedGeneration(stored)) return vid;
     }
@@ -179,11 +180,11 @@ class LogsOfOpening {
   #newer(log: ReadLog): LoggedChange[] {
     const changes: LoggedChange[] = [];
     for (const { kind, vid, first, second, generation } of placed(log)) {
-      if (kind !== OWNER) continue;
+      if (!isChange(kind)) continue;
       const stored = this.#storedVid(vid);
       const isWorking = this.#stored.record(stored)?.isSnapshot === false;
       if (!isWorking || generation <= this.#stored.flushedGeneration(stored)) continue;
-      changes.push({ vid: stored, idx: first, owner: second, generation });
+      changes.push({ vid: stored, idx: first, kind, value: second, generation });
     }
     return changes;
   }
@@ -200,7 +201,7 @@ class LogsOfOpening {
   #namesOf({ entries }: ReadLog): (string | undefined)[] {
     const names = new Set<string | undefined>();
     for (const { kind, first } of entries) {
-      if (kind !== OWNER) names.add(this.#stored.record(this.#storedVid(first))?.name);
+      if (!isChange(kind)) names.add(this.#stored.record(this.#storedVid(first))?.name);
     }
     return [...names];
   }
@@ -213,6 +214,11 @@ function* placed({ entries }: ReadLog): Generator<Entry & { readonly vid: number
     yield { ...entry, vid };
     if (entry.kind === VDI || entry.kind === MOVED) vid = entry.first;
   }
+}
+
+/** Whether an entry of this kind changes an object; the others say which VDI the next ones belong to. */
+function isChange(kind: number): boolean {
+  return kind !== VDI && kind !== MOVED;
 }
 
 function isBad({ misfit, damage }: ReadLog): boolean {

@@ -7,7 +7,21 @@
 import type { HostDisk } from '../../system/disk.js';
 import { writeFully } from '../../system/whole-io.js';
 import type { Awaitable } from '../vdi-record.js';
-import { ENTRY_BYTES, fillEntry, headOf, MOVED, OWNER } from './map-log-format.js';
+import {
+  BASED,
+  BELOW,
+  ENTRY_BYTES,
+  fillEntry,
+  HAS_BLOCKS,
+  headOf,
+  LACKS_BLOCKS,
+  MADE_WHOLE,
+  MOVED,
+  OVERLAID,
+  OWNER,
+  packBlocks,
+  unpackBlocks,
+} from './map-log-format.js';
 import { CHANGES } from './thread-shares.js';
 import type { WriteThrottle } from './write-throttle.js';
 
@@ -81,6 +95,38 @@ export class MapLog {
   /** Log that the map entry of idx is now `owner`. It is in the file when this returns, or when the promise resolves. */
   changed(idx: number, owner: number): Awaitable<void> {
     return this.#append(OWNER, idx, owner);
+  }
+
+  /** The same; the object is an overlay over the one that idx had, without any block. */
+  overlaid(idx: number, owner: number): Awaitable<void> {
+    return this.#append(OVERLAID, idx, owner);
+  }
+
+  /** The same as `changed`; the object is a whole file, and was an overlay before. */
+  madeWhole(idx: number, owner: number): Awaitable<void> {
+    return this.#append(MADE_WHOLE, idx, owner);
+  }
+
+  /** Log that the overlay of idx lies over the object of the vid `base` now; over nothing if that is its own vid. */
+  based(idx: number, base: number): Awaitable<void> {
+    return this.#append(BASED, idx, base);
+  }
+
+  /** The next entry is about the overlay (vid, idx), which is below the object that the map has at idx. */
+  below(idx: number, vid: number): Awaitable<void> {
+    return this.#append(BELOW, idx, vid);
+  }
+
+  /** Log that the overlay of idx has the blocks [first, end) now, or has them not. */
+  blocks(idx: number, first: number, end: number, has: boolean): Awaitable<void> {
+    let logged: Awaitable<void> = undefined;
+    for (let at = first; at < end;) {
+      const packed = packBlocks(at, end);
+      // Entries are written in their order: when the last one is in the file, all are.
+      logged = this.#append(has ? HAS_BLOCKS : LACKS_BLOCKS, idx, packed);
+      at = unpackBlocks(packed).end;
+    }
+    return logged;
   }
 
   /**

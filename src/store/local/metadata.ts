@@ -13,12 +13,28 @@ import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
 import { asMetadataError } from './lmdb-failures.js';
 import { isEmptyPage, PAGE_ENTRIES, storedBytes, type PageWrite } from './map-pages.js';
+import {
+  decodeGroup,
+  encodeGroup,
+  GROUP_OBJECTS,
+  GROUP_SHIFT,
+  damagedGroup,
+  type OverlayWrite,
+  type StoredOverlay,
+} from './overlay-records.js';
 import { MetadataFile } from './metadata-file.js';
 import { makeRoomIn } from './metadata-reserve.js';
 import { RecordIndex } from './record-index.js';
+import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { TimeSlice } from './time-slice.js';
 
-export const FORMAT_VERSION = 1;
+/** Of a store without overlays: earlier versions can open it. */
+export const FORMAT_WITHOUT_OVERLAYS = 1;
+/** Of a store that has had an overlay. */
+export const FORMAT_VERSION = 2;
+const KNOWN_FORMATS = new Set([FORMAT_WITHOUT_OVERLAYS, FORMAT_VERSION].map(String));
+/** Overlays that are stored in one transaction: it holds the loop for about a millisecond. */
+export const OVERLAYS_PER_TRANSACTION = 256;
 /** Pages per transaction when a whole map is stored: each transaction holds the loop for about a millisecond. */
 const PAGES_PER_TRANSACTION = 128;
 const PAGES_PER_READ = 64;
@@ -42,6 +58,8 @@ export interface MetadataChange {
   /** Vids of records to remove, with all their pages. */
   readonly removed?: readonly number[];
   readonly pages?: readonly PageWrite[];
+  /** By key (localObjectKey); undefined: the object is no overlay. */
+  readonly overlays?: ReadonlyMap<number, OverlayWrite | undefined>;
 }
 
 /** `flushed` of a removed VDI: all entries of its log are older than this. */
@@ -54,6 +72,9 @@ export class Metadata {
   /** vid -> the last flush that its stored map contains. Older stores lack the database; read-only ones cannot get it. */
   #flushed: Database<number, number> | undefined;
   #state: Database<unknown, string> | undefined;
+  /** [vid, group] -> the overlays of a group of objects (overlay-records.ts). */
+  #overlays: Database<Buffer, [number, number]> | undefined;
+  #format = FORMAT_WITHOUT_OVERLAYS;
   readonly #file: MetadataFile;
   /** The stored records: read far more often than changed. */
   readonly #records = new RecordIndex();
@@ -68,12 +89,14 @@ export class Metadata {
     const pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
     const flushed = env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
     const state = env.openDB<unknown, string>({ name: 'state', encoding: 'json' });
+    const overlays = env.openDB<Buffer, [number, number]>({ name: 'overlays', encoding: 'binary' });
     const records = Array.from(vdis.getRange({}), ({ value }) => value);
     this.#env = env;
     this.#vdis = vdis;
     this.#pages = pages;
     this.#flushed = flushed;
     this.#state = state;
+    this.#overlays = overlays;
     this.#records.reset(records);
   }
 
@@ -101,7 +124,7 @@ export class Metadata {
 
   #markOpen(): Promise<void> {
     return this.#file.transaction(() => {
-      this.#putInfo('format', String(FORMAT_VERSION));
+      this.#putInfo('format', String(this.#format));
       this.#putInfo('clean', 'no');
     });
   }
@@ -130,13 +153,14 @@ export class Metadata {
       throw asMetadataError(error, `opening ${file}`);
     }
     const format = metadata.#env.get('format')?.toString();
-    if (format !== undefined && format !== String(FORMAT_VERSION)) {
+    if (format !== undefined && !KNOWN_FORMATS.has(format)) {
       await metadata.close({ clean: false });
       throw new StoreError(
         'FORMAT',
-        `${directory} has store format ${format}, this sheepgate knows format ${FORMAT_VERSION}; use the newer sheepgate`,
+        `${directory} has store format ${format}, this sheepgate knows formats up to ${FORMAT_VERSION}; use the newer sheepgate`,
       );
     }
+    if (format !== undefined) metadata.#format = Number(format);
     const clean = format === undefined || metadata.#env.get('clean')?.toString() === 'yes';
     if (readOnly) return { metadata, clean };
     try {
@@ -150,6 +174,60 @@ export class Metadata {
       throw asMetadataError(error, `opening ${file}`);
     }
     return { metadata, clean };
+  }
+
+  /** Whether overlays may be stored. */
+  get hasOverlayFormat(): boolean {
+    return this.#format === FORMAT_VERSION;
+  }
+
+  /** From here on earlier versions refuse the store. To be called before there is an overlay. Errors: NO_SPACE, IO, CLOSED. */
+  async beginOverlays(): Promise<void> {
+    await this.#file.transaction(() => this.#putInfo('format', String(FORMAT_VERSION)));
+    this.#format = FORMAT_VERSION;
+  }
+
+  /** All records of overlays. Errors: IO. */
+  *overlayGroups(): Generator<{ readonly vid: number; readonly group: number; readonly record: Uint8Array }> {
+    this.#file.mustBeReadable();
+    for (const { key, value } of this.#overlays?.getRange({}) ?? [])
+      yield { vid: key[0], group: key[1], record: value };
+  }
+
+  /** The record of a group; undefined if there is none. Errors: IO. */
+  overlayGroup(vid: number, group: number): Uint8Array | undefined {
+    this.#file.mustBeReadable();
+    return this.#overlays?.get([vid, group]);
+  }
+
+  /**
+   * Store overlays, in several transactions and in this order: for overlays that no stored map names yet, and for blocks whose data
+   * is durable. `of` is asked for each key at the moment when it is stored.
+   */
+  async storeOverlays(keys: readonly number[], of: (key: number) => OverlayWrite | undefined): Promise<void> {
+    for (let from = 0; from < keys.length; from += OVERLAYS_PER_TRANSACTION) {
+      const part = keys.slice(from, from + OVERLAYS_PER_TRANSACTION);
+      await this.commit({ overlays: new Map(part.map((key) => [key, of(key)])) });
+    }
+  }
+
+  /**
+   * The same, before the map that refers to them is stored, if they are many. Returns those that are to be stored with the map:
+   * few, and those that are gone.
+   */
+  async storeOverlaysAhead(
+    keys: readonly number[],
+    of: (key: number) => OverlayWrite | undefined,
+  ): Promise<Map<number, OverlayWrite | undefined>> {
+    if (keys.length <= OVERLAYS_PER_TRANSACTION) return new Map(keys.map((key) => [key, of(key)]));
+    const gone = new Map<number, undefined>();
+    const isThere = (key: number): boolean => {
+      if (of(key) !== undefined) return true;
+      gone.set(key, undefined);
+      return false;
+    };
+    await this.storeOverlays(keys.filter(isThere), of);
+    return gone;
   }
 
   /** The disk of the store has failed on another file. */
@@ -309,6 +387,7 @@ export class Metadata {
         for (const key of keys) void this.#pages.remove(key);
       }
       this.#putPages(change.pages ?? []);
+      if (change.overlays) this.#putOverlays(change.overlays);
       for (const record of change.records ?? []) {
         void this.#vdis.put(record.vid, record);
         if (this.#flushed?.get(record.vid) === REMOVED) void this.#flushed.remove(record.vid);
@@ -353,6 +432,33 @@ export class Metadata {
     for (const { vid, page, entries } of pages) {
       if (isEmptyPage(entries)) void this.#pages.remove([vid, page]);
       else void this.#pages.put([vid, page], entries);
+    }
+  }
+
+  /** Overlays of a group that are not in `overlays` stay as they are stored: other VDIs may have changed them. */
+  #putOverlays(overlays: ReadonlyMap<number, OverlayWrite | undefined>): void {
+    const groups = new Map<number, number[]>();
+    for (const key of overlays.keys()) {
+      const id = localObjectKey(vidOf(key), idxOf(key) >>> GROUP_SHIFT);
+      const keys = groups.get(id);
+      if (keys) keys.push(key);
+      else groups.set(id, [key]);
+    }
+    for (const [id, keys] of groups) {
+      const place: [number, number] = [vidOf(id), idxOf(id)];
+      const record = this.#overlays?.get(place);
+      const stored = record === undefined ? undefined : decodeGroup(record);
+      if (record !== undefined && stored === undefined) throw damagedGroup(...place);
+      const members = stored ? [...stored.members] : new Array<StoredOverlay | undefined>(GROUP_OBJECTS);
+      let blocks = stored?.blocks ?? 0;
+      for (const key of keys) {
+        const overlay = overlays.get(key);
+        members[idxOf(key) & (GROUP_OBJECTS - 1)] = overlay;
+        if (overlay) ({ blocks } = overlay);
+      }
+      const bytes = encodeGroup(blocks, members);
+      if (bytes) void this.#overlays?.put(place, bytes);
+      else if (record !== undefined) void this.#overlays?.remove(place);
     }
   }
 

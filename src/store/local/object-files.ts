@@ -1,5 +1,6 @@
 /**
- * Data objects as sparse files, one file each, under objects/ (DataObjects defines each call). Decides what runs on the event
+ * Sparse files of one kind, by vid and number: whole objects under objects/, segments of overlays under overlays/. DataObjects
+ * defines each call, "object" meaning a file here. Decides what runs on the event
  * loop (reads and writes that the page cache can answer at once) and what goes to the thread pool. Names, opening and removal
  * are in object-names.ts, object-opening.ts and object-removal.ts. Knows nothing of maps, references or the order of
  * durability: callers decide what is synced, and that no map refers to an object that is removed.
@@ -12,9 +13,16 @@ import { StoreError } from '../store-error.js';
 import type { Awaitable } from '../vdi-record.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import type { CachedReads } from './cached-reads.js';
-import type { DataObjects, FoundObject } from './data-objects.js';
+import type { FoundObject } from './data-objects.js';
 import { abilitiesOf, type Abilities } from './filesystem-abilities.js';
-import { makeObjectFolders, ObjectNames, type AsFailure } from './object-names.js';
+import {
+  FLAT_LAYOUT,
+  makeFolders,
+  OBJECT_LAYOUT,
+  ObjectNames,
+  type AsFailure,
+  type FileLayout,
+} from './object-names.js';
 import { ObjectOpening } from './object-opening.js';
 import { ObjectRemoval } from './object-removal.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
@@ -24,7 +32,7 @@ import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-share
 import type { WriteThrottle } from './write-throttle.js';
 
 /** Writes up to this many bytes go to the page cache on the loop; longer ones would hold the loop for too long. */
-const MAX_LOOP_WRITE = 128 * 1024;
+export const MAX_LOOP_WRITE = 128 * 1024;
 /** Reads up to this many bytes are copied out of the page cache on the loop. */
 const MAX_LOOP_READ = 1024 * 1024;
 const PAGE = 4096;
@@ -38,7 +46,7 @@ const MIN_DESCRIPTORS = 64;
 const COPY_DESCRIPTORS = 2;
 
 /** The limit for a command, which has the store to itself. A daemon passes its own (maxDescriptors). */
-function usualDescriptors(): number {
+export function usualDescriptors(): number {
   const limit = descriptorLimit() ?? 2 * DESCRIPTOR_HEADROOM;
   return Math.max(MIN_DESCRIPTORS, Math.min(MAX_DESCRIPTORS, limit - DESCRIPTOR_HEADROOM));
 }
@@ -52,7 +60,7 @@ export interface SharedByFiles {
   readonly onDiskError: () => void;
 }
 
-export class ObjectFiles implements DataObjects {
+export class ObjectFiles {
   readonly #disk: HostDisk;
   readonly #names: ObjectNames;
   readonly #cache: DescriptorCache;
@@ -68,7 +76,7 @@ export class ObjectFiles implements DataObjects {
     root: string,
     { disk, reads, throttle, onDiskError }: SharedByFiles,
     abilities: Abilities,
-    options: { readonly limit: number; readonly isReadOnly: boolean },
+    options: { readonly limit: number; readonly isReadOnly: boolean; readonly layout: FileLayout },
   ) {
     const failed = (error: unknown, doing: string): StoreError => {
       if (isDiskError(error)) onDiskError();
@@ -93,13 +101,32 @@ export class ObjectFiles implements DataObjects {
     options: { maxDescriptors?: number | undefined; isReadOnly?: boolean } = {},
   ): ObjectFiles {
     const { disk } = shared;
+    const { isReadOnly = false } = options;
     const limit = options.maxDescriptors ?? usualDescriptors();
-    if (options.isReadOnly) {
+    const layout = OBJECT_LAYOUT;
+    if (isReadOnly) {
       const none = { punchHole: false, zeroRange: false };
-      return new ObjectFiles(root, shared, none, { limit, isReadOnly: true });
+      return new ObjectFiles(root, shared, none, { limit, isReadOnly, layout });
     }
-    makeObjectFolders(disk, root);
-    return new ObjectFiles(root, shared, abilitiesOf(disk, root), { limit, isReadOnly: false });
+    makeFolders(disk, root, layout);
+    return new ObjectFiles(root, shared, abilitiesOf(disk, root), { limit, isReadOnly, layout });
+  }
+
+  /**
+   * Files of another kind on the same filesystem, all in the folder `root`, which need not exist while there are none. They are
+   * named and found in the same way, and may be longer.
+   */
+  beside(
+    shared: SharedByFiles,
+    root: string,
+    { maxDescriptors = usualDescriptors(), isReadOnly }: { maxDescriptors?: number | undefined; isReadOnly: boolean },
+  ): ObjectFiles {
+    return new ObjectFiles(root, shared, this.#abilities, { limit: maxDescriptors, isReadOnly, layout: FLAT_LAYOUT });
+  }
+
+  /** Create the folder of these files durably, if it is missing. Errors: those of the disk. */
+  makeFolder(): void {
+    this.#names.makeFolders();
   }
 
   canZeroFast(allocated: boolean): boolean {
@@ -108,6 +135,15 @@ export class ObjectFiles implements DataObjects {
 
   expectLength(vid: number, length: number): void {
     this.#names.expectLength(vid, length);
+  }
+
+  nameOf(key: number): string {
+    return this.#names.path(key);
+  }
+
+  /** See ObjectNames.lengthOf. */
+  lengthOf(vid: number): number {
+    return this.#names.lengthOf(vid);
   }
 
   read(vid: number, idx: number, offset: number, into: Buffer, who: unknown = vid): Awaitable<void> {
@@ -133,17 +169,32 @@ export class ObjectFiles implements DataObjects {
     const file = this.#cache.get(vid, idx);
     if (!file || data.length > MAX_LOOP_WRITE) return this.#writeLater(file, vid, idx, offset, data, false, who);
     if (!this.#throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true, who);
-    if (this.#areEdgesCached(file, offset, data.length)) {
-      const start = performance.now();
-      try {
-        const written = this.#disk.writeSync(file.fd, data, offset);
-        this.#throttle.note(start);
-        if (written === data.length) return;
-      } catch (error) {
-        throw this.#failed(error, `writing object ${this.#names.path(localObjectKey(vid, idx))}`);
-      }
-    }
+    if (this.#writeOnLoop(file, offset, data)) return;
     return this.#writeLater(file, vid, idx, offset, data, false, who);
+  }
+
+  /** The same; false if it cannot be done at once. Then a part of the data may have been written. */
+  writeNow(vid: number, idx: number, offset: number, data: Buffer): boolean {
+    const file = this.#cache.get(vid, idx);
+    if (!file || data.length > MAX_LOOP_WRITE || !this.#throttle.mayWrite()) return false;
+    return this.#writeOnLoop(file, offset, data);
+  }
+
+  #writeOnLoop(file: ObjectFile, offset: number, data: Buffer): boolean {
+    if (!this.#areEdgesCached(file, offset, data.length)) return false;
+    const start = performance.now();
+    try {
+      const written = this.#disk.writeSync(file.fd, data, offset);
+      this.#throttle.note(start);
+      return written === data.length;
+    } catch (error) {
+      throw this.#failed(error, `writing object ${this.#names.path(file.key)}`);
+    }
+  }
+
+  /** Whether the file is open, so that small requests may be answered at once. */
+  isOpen(vid: number, idx: number): boolean {
+    return this.#cache.get(vid, idx) !== undefined;
   }
 
   /** An existing file of this name is emptied without becoming shorter: the map on disk may still refer to it. */

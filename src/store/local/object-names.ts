@@ -19,18 +19,26 @@ const STATUS_BLOCK = 512;
 /** `error` as a StoreError whose message begins with `doing`. */
 export type AsFailure = (error: unknown, doing: string) => StoreError;
 
+/** In which folders the files of a kind are. */
+export interface FileLayout {
+  /** Names below the root of the kind; '' is the root itself. */
+  readonly folders: readonly string[];
+  /** The index of the folder that has the file of the key. */
+  folderOf(key: number): number;
+}
+
 /** 256 neighbouring objects share a folder, so that the flush of a sequential write syncs one folder and not 256. */
-function directoryOf(key: number): number {
-  return ((idxOf(key) >>> 8) ^ vidOf(key)) & (OBJECT_DIRECTORIES - 1);
-}
+export const OBJECT_LAYOUT: FileLayout = {
+  folders: Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => n.toString(16).padStart(2, '0')),
+  folderOf: (key) => ((idxOf(key) >>> 8) ^ vidOf(key)) & (OBJECT_DIRECTORIES - 1),
+};
 
-function directoryName(n: number): string {
-  return n.toString(16).padStart(2, '0');
-}
+/** All files in one folder. */
+export const FLAT_LAYOUT: FileLayout = { folders: [''], folderOf: () => 0 };
 
-/** Create `root`, the folder objects/, and its folders, durably, where they are missing. Errors: those of the disk. */
-export function makeObjectFolders(disk: HostDisk, root: string): void {
-  const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
+/** Create `root` and the folders of the layout, durably, where they are missing. Errors: those of the disk. */
+export function makeFolders(disk: HostDisk, root: string, { folders }: FileLayout): void {
+  const made = [root, ...folders.filter((name) => name !== '').map((name) => path.join(root, name))]
     .map((directory) => makeDirectory(disk, directory))
     .some((isNew) => isNew);
   if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(disk, directory);
@@ -38,8 +46,9 @@ export function makeObjectFolders(disk: HostDisk, root: string): void {
 
 export class ObjectNames {
   readonly #disk: HostDisk;
-  /** The folder objects/. */
+  /** The folder objects/, or that of another kind. */
   readonly #root: string;
+  readonly #layout: FileLayout;
   readonly #isReadOnly: boolean;
   readonly #failed: AsFailure;
   /** vid -> expected length of the files of its objects, in bytes. */
@@ -47,20 +56,40 @@ export class ObjectNames {
   /** Folders from which a name was removed that would be back after a power loss. */
   readonly #removedFrom = new Set<number>();
 
-  constructor(disk: HostDisk, root: string, options: { readonly isReadOnly: boolean }, failed: AsFailure) {
+  constructor(
+    disk: HostDisk,
+    root: string,
+    options: { readonly isReadOnly: boolean; readonly layout: FileLayout },
+    failed: AsFailure,
+  ) {
     this.#disk = disk;
     this.#root = root;
+    this.#layout = options.layout;
     this.#isReadOnly = options.isReadOnly;
     this.#failed = failed;
   }
 
   path(key: number): string {
     const oid = vidOf(key).toString(16).padStart(8, '0') + idxOf(key).toString(16).padStart(8, '0');
-    return path.join(this.#root, directoryName(directoryOf(key)), oid);
+    return path.join(this.#root, this.#folder(this.#layout.folderOf(key)), oid);
+  }
+
+  #folder(n: number): string {
+    return this.#layout.folders[n] ?? '';
+  }
+
+  /** Create the root and its folders durably, where they are missing. Errors: those of the disk. */
+  makeFolders(): void {
+    makeFolders(this.#disk, this.#root, this.#layout);
   }
 
   expectLength(vid: number, length: number): void {
     this.#lengths.set(vid, length);
+  }
+
+  /** The expected length of the files of this vid, bytes; 0 if it is not known. */
+  lengthOf(vid: number): number {
+    return this.#lengths.get(vid) ?? 0;
   }
 
   /** Errors: DAMAGED (the file open as `fd` has not the object's length: missing bytes must not be read as zeros). */
@@ -83,9 +112,9 @@ export class ObjectNames {
   }
 
   async *scan(): AsyncGenerator<FoundObject> {
-    for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
-      const directory = path.join(this.#root, directoryName(n));
-      for (const entry of await this.#namesIn(directory)) {
+    for (const folder of this.#layout.folders) {
+      const directory = path.join(this.#root, folder);
+      for (const entry of await this.#namesIn(directory, folder === '')) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
         const named = oid ? localObjectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
@@ -99,12 +128,12 @@ export class ObjectNames {
     }
   }
 
-  async #namesIn(directory: string): Promise<string[]> {
+  async #namesIn(directory: string, mayBeMissing: boolean): Promise<string[]> {
     try {
       return await this.#disk.readdir(directory);
     } catch (error) {
       // Tools that copy files leave empty folders out, and on a read-only filesystem they cannot be created.
-      if (this.#isReadOnly && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
+      if ((this.#isReadOnly || mayBeMissing) && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
       throw error;
     }
   }
@@ -115,7 +144,7 @@ export class ObjectNames {
     const slice = new TimeSlice();
     let step = 0;
     for (const key of keys) {
-      folders.add(directoryOf(key));
+      folders.add(this.#layout.folderOf(key));
       if (slice.isOver(++step)) await slice.next();
     }
     await this.#syncFolders(folders);
@@ -123,7 +152,7 @@ export class ObjectNames {
 
   /** The name of the object is removed. */
   noteRemoved(key: number): void {
-    this.#removedFrom.add(directoryOf(key));
+    this.#removedFrom.add(this.#layout.folderOf(key));
   }
 
   /** Make all removals durable, by syncing their folders. */
@@ -146,7 +175,7 @@ export class ObjectNames {
   }
 
   async #syncFolder(folder: number): Promise<void> {
-    const name = path.join(this.#root, directoryName(folder));
+    const name = path.join(this.#root, this.#folder(folder));
     // Before the sync: it does not cover a removal that happens meanwhile.
     const hadRemovals = this.#removedFrom.delete(folder);
     try {
@@ -164,7 +193,7 @@ export class ObjectNames {
 
   /** See DataObjects.namesLostWith. The kernel reports a failed fsync of a folder once, so all new names in it are in doubt. */
   lostWith(keys: Iterable<number>): (key: number) => boolean {
-    const folders = new Set(Array.from(keys, directoryOf));
-    return (key) => folders.has(directoryOf(key));
+    const folders = new Set(Array.from(keys, (key) => this.#layout.folderOf(key)));
+    return (key) => folders.has(this.#layout.folderOf(key));
   }
 }

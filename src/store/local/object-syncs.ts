@@ -3,7 +3,7 @@
  * kernel may have dropped dirty pages, and no later sync proves that they are durable.
  */
 import type { DataObjects } from './data-objects.js';
-import { idxOf, vidOf, type ReferenceCounts } from './reference-counts.js';
+import type { ReferenceCounts } from './reference-counts.js';
 
 /** Files synced at a time by one flush: enough to fill the disk's queue, few enough to leave the thread pool room. */
 const PARALLEL_SYNCS = 8;
@@ -40,16 +40,16 @@ export class ObjectSyncs {
     if (this.#failure !== undefined) throw this.#failure;
   }
 
-  /** Make the data of these objects durable. */
-  async sync(keys: Iterable<number>): Promise<void> {
-    const left = keys[Symbol.iterator]();
+  /** Make the data of these files durable (DataObjects.fileOf). */
+  async sync(files: Iterable<number>): Promise<void> {
+    const left = files[Symbol.iterator]();
     const worker = async (): Promise<void> => {
       for (let next = left.next(); !next.done; next = left.next()) {
-        const key = next.value;
+        const file = next.value;
         // Trimmed meanwhile: nothing refers to the object, and its file may be gone.
-        if (this.#host.references.of(vidOf(key), idxOf(key)) === 0) continue;
+        if (this.#host.objects.isUnneeded(file)) continue;
         try {
-          await this.#host.objects.sync(key, this.#who);
+          await this.#host.objects.sync(file, this.#who);
         } catch (error) {
           if (causeOf(error)?.syscall === 'fdatasync') this.#failure = error as Error;
           throw error;

@@ -12,7 +12,9 @@ import type { LocalVdi } from './local-vdi.js';
 import { logsSetAside } from './map-logs.js';
 import type { Metadata } from './metadata.js';
 import { Owners } from './file-owners.js';
-import { localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import type { Overlays } from './overlays.js';
+import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import { segmentOf } from './segment-space.js';
 
 /** Findings that a check lists; it counts the others. */
 const MAX_PROBLEMS = 1000;
@@ -23,9 +25,11 @@ export interface CheckedStore {
   readonly metadata: Metadata;
   readonly objects: DataObjects;
   readonly references: ReferenceCounts;
+  readonly overlays: Overlays;
   readonly open: ReadonlyMap<number, LocalVdi>;
   keptVids: ReadonlySet<number>;
   keepsUntold: boolean;
+  backgroundError(error: unknown): void;
   /** Resolves when the space of all removed objects is free. */
   reclaimed(): Promise<void>;
 }
@@ -42,7 +46,12 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     if (problems.length < MAX_PROBLEMS) problems.push(line);
     else hidden++;
   };
-  const missing = new Set(references.keys());
+  const missing = new Set<number>();
+  const overlays = new Map<number, number[]>();
+  for (const key of references.keys()) {
+    if (store.overlays.baseOf(vidOf(key), idxOf(key)) === 0) missing.add(key);
+    else overlays.set(segmentOf(key), [...(overlays.get(segmentOf(key)) ?? []), key]);
+  }
   /** Keys of objects that cannot be read, with the reason. */
   const damaged = new Map<number, string>();
   const orphans: FoundObject[] = [];
@@ -60,8 +69,23 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     orphanBytes += found.bytes;
     orphans.push(found);
   }
+  const leftovers: number[] = [];
+  for await (const found of objects.scanSegments()) {
+    owners.note(found.name, found.uid);
+    if (!found.isUsed) {
+      orphanBytes += found.bytes;
+      orphans.push(found);
+      continue;
+    }
+    const keys = overlays.get(found.key) ?? [];
+    overlays.delete(found.key);
+    if (found.damage !== undefined) for (const key of keys) damaged.set(key, found.damage);
+    leftovers.push(...found.leftovers);
+    count += keys.length;
+  }
+  for (const keys of overlays.values()) for (const key of keys) missing.add(key);
   const records = metadata.records();
-  if (missing.size + damaged.size > 0) reportDamage(metadata, missing, damaged, report);
+  if (missing.size + damaged.size > 0) reportDamage(store, missing, damaged, report);
   if (owners.problem !== undefined) report(owners.problem);
   const aside = logsSetAside(store.disk, store.location);
   await metadata.settled();
@@ -78,6 +102,8 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
   for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
   for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);
+  for (const key of leftovers)
+    report(`orphan: data of object ${idxOf(key)} in ${objects.nameOf(key)}: no VDI refers to it`);
   if (hidden > 0) problems.push(`... and ${hidden} more`);
   let repaired = 0;
   if (options.repair) {
@@ -87,7 +113,10 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     // Objects that a start has kept are removed only after a report of them, so that the operator can look first.
     const removable = orphans.filter(({ key }) => !isUntold || !keptVids.has(vidOf(key)));
     for (const found of removable) await objects.removeFound(found);
-    repaired = removable.length + strays.length;
+    const removableData = leftovers.filter((key) => !isUntold || !keptVids.has(vidOf(key)));
+    objects.freeLeftovers(removableData, store.backgroundError.bind(store));
+    await store.reclaimed();
+    repaired = removable.length + removableData.length + strays.length;
     if (!isUntold) {
       for (const name of aside) await store.disk.unlink(name);
       // A log that is back after a power loss would make the next start keep unreferenced objects again.
@@ -97,11 +126,18 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
       repaired += aside.length;
     }
   }
-  return { objects: count, vdis: records.length, problems, orphans: orphans.length, orphanBytes, repaired };
+  return {
+    objects: count,
+    vdis: records.length,
+    problems,
+    orphans: orphans.length + leftovers.length,
+    orphanBytes,
+    repaired,
+  };
 }
 
 function reportDamage(
-  metadata: Metadata,
+  { metadata, overlays }: CheckedStore,
   missing: ReadonlySet<number>,
   damaged: ReadonlyMap<number, string>,
   report: (line: string) => void,
@@ -113,12 +149,17 @@ function reportDamage(
     for (let idx = 0; idx < map.length; idx++) {
       const owner = map[idx] as number;
       if (owner === 0) continue;
-      const key = localObjectKey(owner, idx);
-      const why = missing.has(key) ? 'object file is missing' : damaged.get(key);
-      if (why === undefined) continue;
-      const from = idx * objectSize;
-      const end = Math.min(from + objectSize, record.size);
-      report(`lost: ${label} bytes ${from} to ${end - 1} (${why})`);
+      // What is below an overlay may be lost for the blocks that it lacks.
+      for (let at = owner, base = overlays.baseOf(at, idx); at !== 0; at = base === at ? 0 : base) {
+        base = overlays.baseOf(at, idx);
+        const key = localObjectKey(at, idx);
+        const why = missing.has(key) ? 'object file is missing' : damaged.get(key);
+        if (why === undefined) continue;
+        const from = idx * objectSize;
+        const end = Math.min(from + objectSize, record.size);
+        const part = base === 0 && at === owner ? '' : 'parts of ';
+        report(`lost: ${part}${label} bytes ${from} to ${end - 1} (${why})`);
+      }
     }
   }
 }

@@ -11,6 +11,9 @@ import { OBJECTS, type DataObjects } from './data-objects.js';
 import { makeNamesDurable } from '../../system/durable-names.js';
 import { logsSetAside, type MapLogs } from './map-logs.js';
 import { PAGE_ENTRIES, pageOf } from './map-pages.js';
+import { countBases, loadBases } from './overlay-loading.js';
+import type { Overlays } from './overlays.js';
+import { RestoredVdi } from './restored-vdi.js';
 import type { KeptObjects, Metadata } from './metadata.js';
 import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
@@ -24,6 +27,7 @@ export interface StoreInRecovery {
   readonly metadata: Metadata;
   readonly objects: DataObjects;
   readonly references: ReferenceCounts;
+  readonly overlays: Overlays;
   readonly logs: MapLogs;
   keptVids: ReadonlySet<number>;
   keepsUntold: boolean;
@@ -43,7 +47,9 @@ interface Doubt {
  * objects that they refer to exist.
  */
 export function takeAsItIs(store: StoreInRecovery, because: string, clean: boolean): void {
+  loadBases(store);
   for (const record of store.metadata.records()) count(store, record);
+  countBases(store);
   const unclean = '; it was not closed cleanly: writes after the last flush are not shown';
   store.log(clean ? because : because + unclean);
 }
@@ -55,6 +61,7 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
   if (store.metadata.session === undefined)
     await makeNamesDurable(store.disk, path.join(store.location, OBJECTS), store.fd);
   const stored = store.metadata.kept;
+  loadBases(store);
   let doubt = clean ? undefined : await restoreRecent(store);
   // An earlier start was interrupted before it stored which objects it kept.
   if (stored === undefined && logsSetAside(store.disk, store.location).length > 0) {
@@ -63,6 +70,7 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
   const strays = store.metadata.strayVids();
   if (strays.length > 0) await store.metadata.commit({ removed: strays });
   for (const record of store.metadata.records()) count(store, record);
+  await dropUnusedOverlays(store, countBases(store));
   const vids = new Set(stored?.vids);
   const orphans: number[] = [];
   if (!clean || doubt !== undefined) {
@@ -71,6 +79,7 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
       if (doubt !== undefined) vids.add(vidOf(key));
       else if (!vids.has(vidOf(key))) orphans.push(key);
     }
+    if (doubt === undefined) await freeLeftovers(store, vids);
   }
   store.keptVids = vids;
   store.keepsUntold = doubt !== undefined;
@@ -134,6 +143,23 @@ async function begin(store: StoreInRecovery, kept: KeptObjects | undefined): Pro
   }
 }
 
+/** Records of overlays that no map needs: they were given up, or made, just before a crash. */
+async function dropUnusedOverlays({ metadata, overlays }: StoreInRecovery, unused: readonly number[]): Promise<void> {
+  if (unused.length === 0) return;
+  for (const key of unused) overlays.remove(vidOf(key), idxOf(key));
+  await metadata.storeOverlays(unused, () => undefined);
+}
+
+/** Space in segment files that no overlay has, and files without any. */
+async function freeLeftovers(store: StoreInRecovery, keptVids: ReadonlySet<number>): Promise<void> {
+  const onError = (error: unknown): void => store.backgroundError(error);
+  for await (const found of store.objects.scanSegments()) {
+    if (found.key < 0 || keptVids.has(vidOf(found.key))) continue;
+    if (found.isUsed) store.objects.freeLeftovers(found.leftovers, onError);
+    else await store.objects.removeFound(found).catch(onError);
+  }
+}
+
 /** Count the references of a VDI's map, and note the length of the objects that it refers to. */
 function count(store: StoreInRecovery, record: VdiRecord): void {
   const map = store.metadata.map(record);
@@ -154,25 +180,31 @@ function count(store: StoreInRecovery, record: VdiRecord): void {
  */
 async function restoreRecent(store: StoreInRecovery): Promise<Doubt | undefined> {
   const { changes, files, doubtful } = store.logs.read(store.metadata.session, store.metadata);
-  const restored = new Map<number, { map: Uint32Array; changed: Map<number, number>; generation: number }>();
-  for (const { vid, idx, owner, generation } of changes) {
+  const restored = new Map<number, RestoredVdi>();
+  for (const change of changes) {
+    const { vid } = change;
     let of = restored.get(vid);
-    if (!of) {
-      const map = store.metadata.map(store.metadata.record(vid) as VdiRecord);
-      restored.set(vid, (of = { map, changed: new Map(), generation: 0 }));
-    }
-    of.generation = Math.max(of.generation, generation);
-    if (idx < of.map.length) of.changed.set(idx, owner); // else the VDI was made smaller since
+    if (!of) restored.set(vid, (of = new RestoredVdi(store, store.metadata.record(vid) as VdiRecord)));
+    of.apply(change);
   }
   const problem = await whyNotThere(store, restored);
   const logs = doubtful.map(({ file }) => file);
-  if (problem !== undefined) return { why: problem, logs: [...files, ...logs] };
-  for (const [vid, { map, changed, generation }] of restored) {
-    for (const [idx, owner] of changed) map[idx] = owner;
-    const pages = new Set(Array.from(changed.keys(), (idx) => Math.floor(idx / PAGE_ENTRIES)));
+  if (problem !== undefined) {
+    store.overlays.clear();
+    loadBases(store);
+    return { why: problem, logs: [...files, ...logs] };
+  }
+  for (const [vid, { map, changed, overlays, generation }] of restored) {
+    const pages = new Set(Array.from(changed, (idx) => Math.floor(idx / PAGE_ENTRIES)));
+    const stored = Array.from(overlays, (key) => [key, store.overlays.stored(key)] as const);
+    await store.metadata.storeOverlays(
+      stored.flatMap(([key, overlay]) => (overlay ? [key] : [])),
+      (key) => store.overlays.stored(key),
+    );
     await store.metadata.commit({
       pages: [...pages].map((page) => ({ vid, page, entries: pageOf(map, page) })),
       flushed: [{ vid, generation }],
+      overlays: new Map(stored.filter(([, overlay]) => overlay === undefined)),
     });
   }
   if (doubtful.length === 0) return undefined;
@@ -183,19 +215,20 @@ async function restoreRecent(store: StoreInRecovery): Promise<Doubt | undefined>
 /** Why an object that a log names is missing or not durable; undefined if all are there and durable. */
 async function whyNotThere(
   store: StoreInRecovery,
-  restored: ReadonlyMap<number, { readonly changed: ReadonlyMap<number, number> }>,
+  restored: ReadonlyMap<number, RestoredVdi>,
 ): Promise<string | undefined> {
   try {
     await store.disk.syncfs(store.fd);
   } catch (error) {
     return `written data could not be made durable: ${(error as Error).message}`;
   }
-  for (const [vid, { changed }] of restored) {
+  for (const [vid, { map, changed, overlays, problem }] of restored) {
+    if (problem !== undefined) return problem;
     const { blockSizeShift } = store.metadata.record(vid) as VdiRecord;
-    for (const [idx, owner] of changed) {
-      if (owner === 0) continue;
-      const problem = store.objects.problemOf(localObjectKey(owner, idx), 2 ** blockSizeShift);
-      if (problem !== undefined) return problem;
+    const keys = Array.from(changed, (idx) => localObjectKey(map[idx] as number, idx));
+    for (const key of [...keys.filter((each) => vidOf(each) !== 0), ...overlays]) {
+      const missing = store.objects.problemOf(key, 2 ** blockSizeShift);
+      if (missing !== undefined) return missing;
     }
   }
   return undefined;

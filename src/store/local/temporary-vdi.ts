@@ -176,6 +176,12 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     );
   }
 
+  /** With blocks that the working VDI has added to an overlay since. */
+  changedBlocks(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean {
+    if (this.#failure !== undefined) return false;
+    return this.#host.objects.changes(owner, before, idx, offset, length, sink);
+  }
+
   nextOverwritten(idx: number, end: number): number {
     if (this.#failure !== undefined) return idx;
     const kept = this.#images.next(idx * this.#objectSize, end * this.#objectSize, true);

@@ -3,6 +3,8 @@
  * it fails. Owns these sets and the numbers of flushes; never reads or writes a file.
  */
 
+import type { OverlayWrite } from './overlay-records.js';
+
 /** What one flush takes over. */
 export interface Batch {
   /** The vid under which the map is stored. */
@@ -11,6 +13,9 @@ export interface Batch {
   readonly generation: number;
   readonly objects: ReadonlySet<number>;
   readonly created: ReadonlySet<number>;
+  readonly overlays: ReadonlySet<number>;
+  /** Of `overlays` that have changed since: what they were when the flush began. */
+  readonly before: Map<number, OverlayWrite | undefined>;
   readonly pages: ReadonlySet<number>;
   readonly releases: readonly number[];
   readonly recordChanged: boolean;
@@ -19,12 +24,14 @@ export interface Batch {
   isDurable: boolean;
 }
 
-/** The sets may be added to; only `take` replaces them. Objects are keys (localObjectKey). */
+/** The sets may be added to; only `take` replaces them. Files are as DataObjects.fileOf names them, overlays are keys (localObjectKey). */
 export class UnflushedChanges {
-  /** Objects with data that is not synced. Added when a write has reached the file, not before: a sync in between misses it. */
+  /** Files with data that is not synced. Added when a write has reached the file, not before: a sync in between misses it. */
   objects = new Set<number>();
-  /** New objects whose names are not durable. */
+  /** New files whose names are not durable. */
   created = new Set<number>();
+  /** Overlays whose base or blocks are not stored as they are. */
+  overlays = new Set<number>();
   /** Pages of the map (map-pages.ts). */
   pages = new Set<number>();
   /** References that the VDI holds beside those of its map, one entry each: dropped when the map is durable. */
@@ -32,7 +39,7 @@ export class UnflushedChanges {
   /** Vids whose records the next flush removes: their snapshot has failed. */
   obsolete: number[] = [];
   recordChanged = false;
-  /** New objects that are being made, or are made and not in the map yet. No flush takes them over. */
+  /** New files that are being made, or are made and not in the map yet. No flush takes them over. */
   readonly creating = new Set<number>();
   /** The batch of the flush in flight. */
   inFlight: Batch | undefined;
@@ -56,6 +63,8 @@ export class UnflushedChanges {
       generation: this.#generation++,
       objects: this.objects,
       created: this.created,
+      overlays: this.overlays,
+      before: new Map(),
       pages: this.pages,
       releases: this.releases,
       recordChanged: this.recordChanged,
@@ -64,6 +73,7 @@ export class UnflushedChanges {
     };
     this.objects = new Set();
     this.created = new Set();
+    this.overlays = new Set();
     this.pages = new Set();
     this.releases = [];
     this.recordChanged = false;
@@ -75,10 +85,16 @@ export class UnflushedChanges {
   giveBack(batch: Batch): void {
     for (const key of batch.objects) this.objects.add(key);
     for (const key of batch.created) this.created.add(key);
+    for (const key of batch.overlays) this.overlays.add(key);
     for (const page of batch.pages) this.pages.add(page);
     this.releases = [...batch.releases, ...this.releases];
     this.recordChanged ||= batch.recordChanged;
     this.obsolete = [...batch.obsolete, ...this.obsolete];
+  }
+
+  /** Overlays that are not stored as they are, with those of the flush in flight. */
+  get unstoredOverlays(): Iterable<number> {
+    return this.inFlight ? new Set([...this.inFlight.overlays, ...this.overlays]) : this.overlays;
   }
 
   /** With those of the flush in flight. */
@@ -92,4 +108,14 @@ export class UnflushedChanges {
       for (const key of keys) if (isLost(key)) return true;
     return false;
   }
+}
+
+/** Can be iterated more than once. */
+export function both(first: Iterable<number>, second: Iterable<number>): Iterable<number> {
+  return {
+    *[Symbol.iterator]() {
+      yield* first;
+      yield* second;
+    },
+  };
 }
