@@ -37,6 +37,7 @@ const ABILITIES: Abilities = {
   knowsHolesAtOnce: true,
   tellsChanges: true,
   countsCopies: true,
+  copiesBlocks: false,
   copiesEndWithSnapshots: false,
 };
 

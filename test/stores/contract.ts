@@ -394,7 +394,7 @@ function snapshots(session: Session): void {
     await session.release(disk.vdi);
   });
 
-  test('trims of what is zeros already copy nothing, and a fast zero that would copy is SLOW before anything changes', async () => {
+  test('trims of what is zeros already copy nothing, and a fast zero that would copy an object is SLOW before anything changes', async () => {
     const { name, disk } = await session.newDisk(3);
     await disk.write(0, OBJECT, 1);
     await disk.write(OBJECT, OBJECT, 0);
@@ -405,8 +405,13 @@ function snapshots(session: Session): void {
     await disk.trim(2 * OBJECT, OBJECT);
     expect(disk.vdi.copies).toBe(copies);
     const fast = { noHole: false, fua: false, fastZero: true };
-    expect(await codeOf(() => disk.vdi.zero(OBJECT / 2, BLOCK, fast))).toBe('SLOW');
-    expect(disk.vdi.copies).toBe(copies);
+    if (session.abilities.copiesBlocks) {
+      await disk.vdi.zero(OBJECT / 2, BLOCK, fast);
+      disk.content.fill(0, OBJECT / 2, OBJECT / 2 + BLOCK);
+    } else {
+      expect(await codeOf(() => disk.vdi.zero(OBJECT / 2, BLOCK, fast))).toBe('SLOW');
+      expect(disk.vdi.copies).toBe(copies);
+    }
     await disk.check();
     await session.release(disk.vdi);
   });

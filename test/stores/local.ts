@@ -25,6 +25,7 @@ const ABILITIES: Abilities = {
   knowsHolesAtOnce: true,
   tellsChanges: true,
   countsCopies: true,
+  copiesBlocks: true,
   copiesEndWithSnapshots: true,
 };
 

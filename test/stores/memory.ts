@@ -16,6 +16,7 @@ export const memoryStore: StoreKind = {
     knowsHolesAtOnce: false,
     tellsChanges: true,
     countsCopies: false,
+    copiesBlocks: false,
     copiesEndWithSnapshots: true,
   },
   effort: 0.5,

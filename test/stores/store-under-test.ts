@@ -42,6 +42,8 @@ export interface Abilities {
   readonly tellsChanges: boolean;
   /** `Vdi.copies` counts the objects that a first write after a snapshot has copied. */
   readonly countsCopies: boolean;
+  /** The first write to an object that a snapshot shares stores the blocks that it touches. False: it copies the object. */
+  readonly copiesBlocks: boolean;
   /**
    * An object that no snapshot shares any more is written in place. Not on a cluster: an object of a deleted snapshot bears the
    * snapshot's vid, and the next write copies it once more.

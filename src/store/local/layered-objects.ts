@@ -16,6 +16,12 @@ import { SEGMENT_OBJECTS, type Overlays } from './overlays.js';
 import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { SegmentSpace, segmentOf } from './segment-space.js';
 
+/** The bytes of an overlay up to `to`, all in the object of the vid `owner`. */
+interface Part {
+  readonly owner: number;
+  readonly to: number;
+}
+
 export class LayeredObjects implements DataObjects {
   readonly #whole: ObjectFiles;
   readonly #segments: ObjectFiles;
@@ -90,30 +96,24 @@ export class LayeredObjects implements DataObjects {
     return true;
   }
 
-  /**
-   * The range in parts that this overlay has itself (`owner` is `vid`) or that the object below has, in order. Ends are multiples
-   * of a block, or those of the range.
-   */
-  *#parts(
-    vid: number,
-    idx: number,
-    offset: number,
-    length: number,
-  ): Generator<{ readonly owner: number; readonly from: number; readonly to: number }> {
+  /** The range in parts that this overlay has itself (`owner` is `vid`) or that the object below has, in order. */
+  *#parts(vid: number, idx: number, offset: number, length: number): Generator<Part & { readonly from: number }> {
     const end = offset + length;
-    const base = this.#overlays.baseOf(vid, idx);
-    if (base === vid) {
-      yield { owner: vid, from: offset, to: end };
-      return;
-    }
-    const endBlock = Math.ceil(end / OVERLAY_BLOCK);
     for (let at = offset; at < end;) {
-      const block = Math.floor(at / OVERLAY_BLOCK);
-      const has = this.#overlays.has(vid, idx, block);
-      const to = Math.min(end, this.#overlays.next(vid, idx, block, endBlock, !has) * OVERLAY_BLOCK);
-      yield { owner: has ? vid : base, from: at, to };
-      at = to;
+      const part = this.#partAt(vid, idx, at, end);
+      yield { ...part, from: at };
+      at = part.to;
     }
+  }
+
+  /** The part that begins at `at`, up to `end` at most. */
+  #partAt(vid: number, idx: number, at: number, end: number): Part {
+    const base = this.#overlays.baseOf(vid, idx);
+    if (base === vid) return { owner: vid, to: end };
+    const block = Math.floor(at / OVERLAY_BLOCK);
+    const has = this.#overlays.has(vid, idx, block);
+    const next = this.#overlays.next(vid, idx, block, Math.ceil(end / OVERLAY_BLOCK), !has);
+    return { owner: has ? vid : base, to: Math.min(end, next * OVERLAY_BLOCK) };
   }
 
   /** Where a byte of the overlay is in its segment file. */
@@ -218,36 +218,27 @@ export class LayeredObjects implements DataObjects {
     who: unknown,
   ): Promise<void> {
     const start = this.#at(vid, idx, 0);
-    let isOver = false;
-    const ask: ExtentSink = (at, size, hole) => {
-      isOver = !sink(at, size, hole);
-      return !isOver;
-    };
     const end = offset + length;
-    for (let at = offset; at < end && !isOver;) {
-      // One part at a time: the overlay may change while the question is asked.
-      const next = this.isOverlay(vid, idx) ? this.#parts(vid, idx, at, end - at).next().value : undefined;
-      if (next === undefined) return; // given up meanwhile: the rest counts as data
-      const { owner, to } = next;
-      let reached = at;
-      const note: ExtentSink = (from, size, hole) => {
-        reached = from + size;
-        return ask(from, size, hole);
-      };
-      const later =
-        owner === vid
-          ? this.#segments.extents(
-              vid,
-              idx >>> 8,
-              start + at,
-              to - at,
-              (from, size, hole) => note(from - start, size, hole),
-              who,
-            )
-          : this.extents(owner, idx, at, to - at, note, who);
-      if (later !== undefined) await (owner === vid ? this.#turns.during(localObjectKey(vid, idx), later) : later);
-      if (!isOver && reached < to) ask(reached, to - reached, false);
-      at = to;
+    /** The end of what was reported; -1 when no more is wanted. */
+    const walk = { at: offset };
+    const note: ExtentSink = (at, size, hole) => {
+      walk.at = sink(at, size, hole) ? at + size : -1;
+      return walk.at >= 0;
+    };
+    while (walk.at >= 0 && walk.at < end) {
+      // One part at a time: the overlay may change while the question is asked. Given up meanwhile: the rest counts as data.
+      if (!this.isOverlay(vid, idx)) return;
+      const { at } = walk;
+      const { owner, to } = this.#partAt(vid, idx, at, end);
+      if (owner === vid) {
+        const ofFile: ExtentSink = (from, size, hole) => note(from - start, size, hole);
+        const later = this.#segments.extents(vid, idx >>> 8, start + at, to - at, ofFile, who);
+        if (later !== undefined) await this.#turns.during(localObjectKey(vid, idx), later);
+      } else {
+        const later = this.extents(owner, idx, at, to - at, note, who);
+        if (later !== undefined) await later;
+      }
+      if (walk.at >= 0 && walk.at < to) note(walk.at, to - walk.at, false);
     }
   }
 

@@ -25,7 +25,7 @@ import {
 } from './object-names.js';
 import { ObjectOpening } from './object-opening.js';
 import { ObjectRemoval } from './object-removal.js';
-import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
+import { idxOf, vidOf } from './reference-counts.js';
 import { makeEmpty, SparseCopy, writeZeros } from './sparse-copy.js';
 import { asStoreError, isDiskError } from './store-errors.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
