@@ -121,9 +121,13 @@ export class Content {
 
   /** The next byte at or after `offset` in data, or (`hole`) in a hole; -1 if there is none, the end of the file for a hole. */
   next(offset: number, hole: boolean): number {
-    for (let at = offset; at < this.size; at = (Math.floor(at / CHUNK) + 1) * CHUNK)
-      if ((this.chunks[Math.floor(at / CHUNK)] === undefined) === hole) return at;
-    return hole && offset <= this.size ? this.size : -1;
+    if (offset > this.size || (offset === this.size && !hole)) return -1;
+    const end = Math.min(this.chunks.length, Math.ceil(this.size / CHUNK));
+    let index = Math.floor(offset / CHUNK);
+    while (index < end && (this.chunks[index] === undefined) !== hole) index++;
+    // Behind the last chunk all is a hole: segment files are long.
+    if (index >= end && !hole) return -1;
+    return Math.min(this.size, Math.max(offset, index * CHUNK));
   }
 
   #set(index: number, chunk: Chunk): void {

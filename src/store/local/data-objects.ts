@@ -156,8 +156,8 @@ export interface DataObjects {
   /** All entries of the objects folder, in no order. For check, and for recovery after a crash. */
   scan(): AsyncGenerator<FoundObject>;
   /** Removes an entry that no map refers to. Errors: those of the disk. */
-  removeFound(found: FoundObject): Promise<void>;
-  /** When this resolves, no object removed until now can be back after a power loss. Errors: IO. */
+  removeFound(found: FoundObject | FoundSegment): Promise<void>;
+  /** When this resolves, nothing that was removed until now can be back after a power loss. Errors: IO. */
   syncRemovals(): Promise<void>;
   /** All segment files, with what is in them and belongs to no overlay. */
   scanSegments(): AsyncGenerator<FoundSegment>;

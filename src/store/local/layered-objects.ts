@@ -346,11 +346,12 @@ export class LayeredObjects implements DataObjects {
     return this.#whole.scan();
   }
 
-  removeFound(found: FoundObject): Promise<void> {
-    return this.#whole.removeFound(found);
+  removeFound(found: FoundObject | FoundSegment): Promise<void> {
+    return 'isUsed' in found ? this.#segments.removeFound(found) : this.#whole.removeFound(found);
   }
 
   async syncRemovals(): Promise<void> {
+    await this.#space.sync();
     await this.#segments.syncRemovals();
     await this.#whole.syncRemovals();
   }
