@@ -14,7 +14,6 @@ const LIES: Readonly<Record<DiskFault, NonNullable<MachineOptions['liesAbout']>>
   'no directory sync': (sync) => sync === 'names',
 };
 
-/** 'bitmap before data' and 'merge drops its base early' join when there are overlay objects. */
 export const FAULTS: readonly Fault[] = [
   'no data sync before the map',
   'no directory sync',
@@ -22,6 +21,8 @@ export const FAULTS: readonly Fault[] = [
   'log of another boot',
   'flush skips new objects',
   'snapshot before its commit',
+  'bitmap before data',
+  'merge drops its base early',
 ];
 
 const MAX_UNRECORDED = 50;

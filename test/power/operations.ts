@@ -30,6 +30,8 @@ export interface OperationsParts {
   readonly random: Random;
   readonly counter: { next: number };
   readonly tell: (line: string) => void;
+  /** Do all that the store has to merge. */
+  readonly merge: () => Promise<void>;
 }
 
 /** Operations on data, which several disks can do at once. */
@@ -40,6 +42,8 @@ export type Operation =
   | OnData
   | 'both'
   | 'snapshotUnderWrites'
+  | 'merge'
+  | 'mergeUnderWrites'
   | 'now'
   | 'deleteSnapshot'
   | 'deleteDisk'
@@ -128,6 +132,19 @@ export class Operations {
       }
       case 'snapshotUnderWrites':
         return this.#snapshotUnderWrites(name);
+      case 'merge':
+        this.#parts.tell('merge');
+        return this.#parts.merge();
+      case 'mergeUnderWrites': {
+        this.#parts.tell('merge, under writes');
+        await this.#opened(name);
+        const writes = Array.from({ length: random.between(1, MAX_BURST) }, () => random.weighted(ON_DATA));
+        const write = async (): Promise<void> => {
+          for (const each of writes) if (each !== 'snapshot') await this.#onData(each, name);
+        };
+        await Promise.all([this.#parts.merge(), write()]);
+        return;
+      }
       case 'now':
         return this.#temporary(name);
       case 'deleteSnapshot':

@@ -25,11 +25,13 @@ const POWER_LOST = 0.4;
 /** Turns of other calls that a kill lets pass after the operations in flight have begun. */
 const MAX_TURNS_BEFORE_KILL = 12;
 const MAX_TURNS_OF_BACKUP = 150;
+/** Merges happen when the workload says so. */
+const NEVER_MS = 2 ** 30;
 
 const STEPS = {
   ...{ write: 14, fua: 3, burst: 5, zero: 3, trim: 4, flush: 6, both: 6 },
   ...{ snapshot: 6, snapshotUnderWrites: 3, now: 2, deleteSnapshot: 5, deleteDisk: 1, clone: 3, rollback: 2 },
-  ...{ resize: 2, fill: 1, reopen: 3, kill: 3, pass: 2 },
+  ...{ resize: 2, fill: 1, reopen: 3, kill: 3, pass: 2, merge: 4, mergeUnderWrites: 3 },
 } as const;
 
 export interface Workload extends Recording {
@@ -158,11 +160,16 @@ class Run {
 
   async #open(): Promise<void> {
     const location = path.join(this.#machine.root, 'store');
-    this.#store = await LocalStore.open(location, { disk: this.#disk, log: (line) => this.#log(line) });
+    this.#store = await LocalStore.open(location, {
+      disk: this.#disk,
+      log: (line) => this.#log(line),
+      mergeDelayMs: NEVER_MS,
+    });
     const catalog = new VdiCatalog(this.#store);
     const { model } = this;
     this.#operations = new Operations({
       ...{ machine: this.#machine, disk: this.#disk, catalog, model, random: this.#random, counter: this.#counter },
+      merge: async () => this.#store.merger.settled(),
       tell: (line) => this.#tell(line),
     });
   }

@@ -162,6 +162,25 @@ describe('a write to a shared object', () => {
   });
 });
 
+test('an object that is made whole where an overlay was given up a moment ago is whole after a crash', async () => {
+  const disk = await fullDisk();
+  await catalog.snapshot('disk', 's');
+  await disk.write(0, BLOCK, 2);
+  await disk.vdi.flush();
+  await disk.trim(0, OBJECT);
+  await disk.vdi.flush();
+  // The overlay is given up when the flush is done; its record is removed later.
+  await new Promise((resolve) => setImmediate(resolve));
+  await disk.write(2 * BLOCK, BLOCK, 3);
+  await disk.vdi.flush();
+  const crashed = path.join(temporaryDirectory(), 'store');
+  fs.cpSync(directory, crashed, { recursive: true });
+  await catalog.close();
+  directory = crashed;
+  await open();
+  await checkContent(await catalog.openVdi('disk'), disk.content);
+});
+
 function vids(of: LocalStore): number {
   return of.metadata.records().length;
 }

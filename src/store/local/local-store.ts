@@ -282,6 +282,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
     return this.merger.left(vdi);
   }
 
+  hasRecordOf(key: number): boolean {
+    return this.#records.isStored(key);
+  }
+
   opened(): void {
     if (this.overlays.size > 0) this.merger.look();
   }

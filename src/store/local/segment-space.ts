@@ -10,7 +10,7 @@ import { SEGMENT_OBJECTS, type Overlays } from './overlays.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 
 /** Objects are given up one after the other: a file whose last overlay goes soon need not be punched before. */
-const DELAY_MS = 20;
+const DELAY_MS = 500;
 
 /** The key of the segment file that has the overlay (localObjectKey of the vid and the number of the segment). */
 export function segmentOf(key: number): number {
