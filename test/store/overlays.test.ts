@@ -8,9 +8,12 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { MAX_LAYERS } from '../../src/store/local/overlay-writes.js';
 import { MANY_LAYERS } from '../../src/store/local/overlay-merger.js';
+import { O_CREAT, O_RDWR, O_WRONLY } from '../../src/system/disk.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { temporaryDirectory } from '../harness/daemon.js';
+import { interpose } from '../harness/interposed-disk.js';
 import { changesOf, checkContent, Disk } from '../stores/session.js';
 
 const OBJECT = 2 ** 20;
@@ -336,11 +339,42 @@ describe('merging', () => {
   });
 });
 
+test('a store whose overlays can be merged, on a read-only filesystem, is read and left alone', async () => {
+  const disk = await fullDisk();
+  await catalog.snapshot('disk', 's');
+  await disk.write(0, BLOCK, 2);
+  await disk.vdi.flush();
+  await catalog.remove('disk@s');
+  await catalog.close();
+  const frozen = interpose(hostDisk, ({ name, args, file }, proceed) => {
+    const [, flags] = args as [unknown, number];
+    const opens = (name === 'openSync' || name === 'open') && (flags & (O_WRONLY | O_RDWR | O_CREAT)) !== 0;
+    if (opens && file.startsWith(directory)) throw Object.assign(new Error('EROFS'), { code: 'EROFS' });
+    return proceed();
+  });
+  const lines: string[] = [];
+  await open({ disk: frozen, mergeDelayMs: 0, log: (line) => lines.push(line) });
+  expect(store.readOnlyBecause).toBeDefined();
+  await checkContent(await catalog.openVdi('disk'), disk.content);
+  await store.merger.settled();
+  expect(await store.merger.state()).toMatchObject({ overlays: 1 });
+  expect(lines).toHaveLength(1);
+});
+
+test('a store that has lost its metadata is damaged, also if all its objects are overlays', async () => {
+  await fullDisk();
+  await catalog.close();
+  fs.rmSync(path.join(directory, 'objects'), { recursive: true });
+  fs.rmSync(path.join(directory, 'meta.mdb'));
+  fs.mkdirSync(path.join(directory, 'overlays'), { recursive: true });
+  fs.writeFileSync(path.join(directory, 'overlays', '0000000200000000'), 'x');
+  await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED' });
+});
+
 describe('the format', () => {
   const formatOf = async (): Promise<string | undefined> => {
     await catalog.close();
     const { openEnvironment } = await import('../../src/store/local/lmdb-environment.js');
-    const { hostDisk } = await import('../../src/system/real-disk.js');
     const env = openEnvironment(hostDisk, path.join(directory, 'meta.mdb'), { readOnly: false });
     const format = env.get('format')?.toString();
     await env.close();

@@ -28,6 +28,8 @@ const RETRY_MS = 10_000;
 
 export interface MergerHost extends MergeHost {
   readonly open: ReadonlyMap<number, LocalVdi>;
+  /** Then nothing is merged. */
+  readonly readOnlyBecause: string | undefined;
   /** How long a look waits for more to come. */
   readonly mergeDelayMs?: number | undefined;
   /** An event for the operator's log, not a warning. */
@@ -63,6 +65,7 @@ export class OverlayMerger implements Merging {
 
   /** References were given up, a VDI was opened, or a snapshot has ended: there may be something to merge. */
   look(): void {
+    if (this.#host.readOnlyBecause !== undefined) return;
     this.#isWanted = true;
     this.#later(this.#host.mergeDelayMs ?? LOOK_DELAY_MS);
   }
@@ -189,7 +192,7 @@ export class OverlayMerger implements Merging {
   }
 
   get #isStopped(): boolean {
-    return this.#isClosed || this.#isPaused || this.#holds > 0;
+    return this.#isClosed || this.#isPaused || this.#holds > 0 || this.#host.readOnlyBecause !== undefined;
   }
 
   #isWork(key: number, base: number): boolean {
