@@ -35,6 +35,19 @@ export function lmdbFileProblem(disk: HostDisk, file: string): string | undefine
   }
 }
 
+/**
+ * Make the file, open as `fd`, as long as LMDB's own count of pages says. LMDB does not write pages that a transaction takes and
+ * gives back, so the file of a sound store can end before the last page, and would look truncated. Errors: those of the disk.
+ */
+export function extendToLastPage(disk: HostDisk, fd: number): void {
+  const first = metaAt(disk, fd, 0);
+  const second = first && metaAt(disk, fd, first.pageSize);
+  if (!first || !second) return;
+  const { lastPage } = second.transaction > first.transaction ? second : first;
+  const needed = (lastPage + 1) * first.pageSize;
+  if (disk.fstatSync(fd).size < needed) disk.truncateSync(fd, needed);
+}
+
 interface Meta {
   readonly pageSize: number;
   readonly lastPage: number;

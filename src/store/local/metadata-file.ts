@@ -7,6 +7,7 @@ import { ABORT } from 'lmdb';
 import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../store-error.js';
 import { openEnvironment, type Environment } from './lmdb-environment.js';
+import { extendToLastPage } from './lmdb-file.js';
 import { asMetadataError, commitErrorOf, endWithoutClosing, hasPanicked, watchBegin } from './lmdb-failures.js';
 import { MetadataReserve } from './metadata-reserve.js';
 
@@ -142,6 +143,7 @@ export class MetadataFile {
       return failure;
     }
     try {
+      extendToLastPage(this.#disk, this.#fd);
       this.keepReserve();
     } catch {
       // The commit itself is durable; the next one tries again.
