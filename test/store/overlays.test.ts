@@ -301,6 +301,29 @@ describe('merging', () => {
     return most;
   };
 
+  test('goes on with the others where one object cannot be merged, which is logged once', async () => {
+    const disk = await fullDisk();
+    await catalog.snapshot('disk', 's');
+    for (let at = 0; at < SIZE; at += OBJECT) await disk.write(at, BLOCK, 2);
+    await disk.vdi.flush();
+    await catalog.remove('disk@s');
+    await catalog.close();
+    const root = path.join(directory, 'objects');
+    const [first = ''] = fs
+      .readdirSync(root, { recursive: true, encoding: 'utf8' })
+      .filter((name) => /00000000$/.test(name));
+    fs.truncateSync(path.join(root, first), BLOCK);
+    const lines: string[] = [];
+    await open({ log: (line) => lines.push(line) });
+    const vdi = await catalog.openVdi('disk');
+    for (let round = 0; round < 3; round++) await store.merger.settled();
+    expect(await store.merger.state()).toMatchObject({ overlays: 1 });
+    expect(lines).toEqual([expect.stringContaining(first)]);
+    const rest = Buffer.alloc(SIZE - OBJECT);
+    await vdi.read(OBJECT, rest);
+    expect(rest.equals(disk.content.subarray(OBJECT))).toBe(true);
+  });
+
   test('can be paused', async () => {
     const disk = await fullDisk();
     await catalog.snapshot('disk', 's');

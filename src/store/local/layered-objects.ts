@@ -190,8 +190,12 @@ export class LayeredObjects implements DataObjects {
 
   async willNeed(vid: number, idx: number, offset: number, length: number, who: unknown = vid): Promise<void> {
     if (!this.isOverlay(vid, idx)) return this.#whole.willNeed(vid, idx, offset, length, who);
-    const parts = Array.from(this.#parts(vid, idx, offset, length));
-    for (const { owner, from, to } of parts) {
+    // It counts as work on the overlay, which is not given up meanwhile.
+    await this.#turns.during(localObjectKey(vid, idx), this.#willNeedParts(vid, idx, offset, length, who));
+  }
+
+  async #willNeedParts(vid: number, idx: number, offset: number, length: number, who: unknown): Promise<void> {
+    for (const { owner, from, to } of Array.from(this.#parts(vid, idx, offset, length))) {
       if (owner !== vid) await this.willNeed(owner, idx, from, to - from, who);
       else await this.#segments.willNeed(vid, idx >>> 8, this.#at(vid, idx, from), to - from, who);
     }

@@ -179,28 +179,23 @@ export class LocalVdi implements ObjectVdi {
     const owner = this.map[idx] as number;
     const keeping =
       this.temporaries.length > 0 ? keepFor(this.temporaries, owner, idx, offset, data.length) : undefined;
-    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(owner, idx, offset, data));
-    return this.#writeOwned(owner, idx, offset, data);
+    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(idx, offset, data));
+    return this.#writeOwned(idx, offset, data);
   }
 
-  #writeOwned(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    if (this.#host.objects.isOverlay(owner, idx)) return this.#writeOver(owner, idx, offset, data);
-    const later = begun(() => this.#host.objects.write(owner, idx, offset, data, this));
-    if (later === undefined) {
-      this.#noteWritten(owner, idx);
-      return;
-    }
-    return later
-      .catch((error: unknown) =>
-        this.#afterFreeing(error, async () => this.#host.objects.write(owner, idx, offset, data, this)),
-      )
-      .then(() => this.#noteWritten(owner, idx));
-  }
-
-  #writeOver(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    const { objects } = this.#host;
-    const write = (): Awaitable<void> => objects.writeOver(owner, idx, offset, data, this.notes, this);
+  /** Asks the map at each attempt: an overlay may have been merged away while something was waited for. */
+  #writeOwned(idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const write = (): Awaitable<void> => this.#writeOnce(idx, offset, data);
     return begun(write)?.catch((error: unknown) => this.#afterFreeing(error, async () => write()));
+  }
+
+  #writeOnce(idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const { objects } = this.#host;
+    const owner = this.map[idx] as number;
+    if (objects.isOverlay(owner, idx)) return objects.writeOver(owner, idx, offset, data, this.notes, this);
+    const later = objects.write(owner, idx, offset, data, this);
+    if (later === undefined) this.#noteWritten(owner, idx);
+    else return later.then(() => this.#noteWritten(owner, idx));
   }
 
   /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new object. */
@@ -260,13 +255,13 @@ export class LocalVdi implements ObjectVdi {
     const owner = this.map[idx] as number;
     const keeping = keepFor(this.temporaries, owner, idx, offset, length);
     if (keeping !== undefined) await keeping;
-    const isOverlay = objects.isOverlay(owner, idx);
-    const zero = (): Promise<void> =>
-      isOverlay
-        ? objects.zeroOver(owner, idx, offset, length, noHole, this.notes, this)
-        : objects.zero(owner, idx, offset, length, noHole, this);
+    const zero = async (): Promise<void> => {
+      const now = this.map[idx] as number;
+      if (objects.isOverlay(now, idx)) return objects.zeroOver(now, idx, offset, length, noHole, this.notes, this);
+      await objects.zero(now, idx, offset, length, noHole, this);
+      this.#noteWritten(now, idx);
+    };
     await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
-    if (!isOverlay) this.#noteWritten(owner, idx);
   }
 
   /** An overlay has only the blocks that are written. */

@@ -81,6 +81,8 @@ export class MetadataFile {
       const env = openEnvironment(this.#disk, this.file, { readOnly: this.readOnly });
       try {
         this.#opened(env);
+        // Opening has made what was missing, in a transaction.
+        if (!this.readOnly) extendToLastPage(this.#disk, this.#fd);
         return env;
       } catch (error) {
         void env.close();

@@ -54,6 +54,8 @@ export class OverlayMerger implements Merging {
   #isPaused = false;
   #isClosed = false;
   #holds = 0;
+  /** Overlays whose last attempt has failed: that was logged. */
+  readonly #failed = new Set<number>();
   /** The VDI whose overlay a step is working on. */
   #current: { readonly vdi: LocalVdi | undefined; readonly done: Promise<unknown> } | undefined;
   #wake: (() => void) | undefined;
@@ -118,8 +120,12 @@ export class OverlayMerger implements Merging {
     let overlays = 0;
     let bytes = 0;
     let step = 0;
+    await this.#host.metadata.settled();
     for (const key of map === undefined ? this.#keys() : keysOf(map)) {
-      if (slice.isOver(++step)) await slice.next();
+      if (slice.isOver(++step)) {
+        await slice.next();
+        await this.#host.metadata.settled();
+      }
       const plan = this.#planOf(key);
       if (plan === undefined) continue;
       overlays++;
@@ -180,7 +186,7 @@ export class OverlayMerger implements Merging {
     let hasWaiting = false;
     for (const key of found) {
       if (this.#isStopped) break;
-      const bytes = await this.#mergeOne(key);
+      const bytes = await this.#mergeOrLog(key);
       if (bytes === undefined) hasWaiting = true;
       else if (bytes >= 0) {
         moved += bytes;
@@ -189,6 +195,19 @@ export class OverlayMerger implements Merging {
     }
     if (count > 0) this.#host.note(`merged ${count} overlays, and moved ${moved} bytes for that`, { count, moved });
     return hasWaiting;
+  }
+
+  /** What cannot be merged, because it is damaged or the disk is full, does not keep others from it. It is tried again later. */
+  async #mergeOrLog(key: number): Promise<number | undefined> {
+    try {
+      const bytes = await this.#mergeOne(key);
+      this.#failed.delete(key);
+      return bytes;
+    } catch (error) {
+      if (!this.#failed.has(key)) this.#host.backgroundError(error);
+      this.#failed.add(key);
+      return undefined;
+    }
   }
 
   get #isStopped(): boolean {

@@ -61,7 +61,7 @@ export class OverlayRemoval {
         // An object of the same name may have been made meanwhile: its VDI stores what it is.
         const part = keys.slice(from, from + OVERLAYS_PER_TRANSACTION);
         const gone = part.filter((key) => this.#overlays.baseOf(vidOf(key), idxOf(key)) === 0);
-        await this.#metadata.commit({ overlays: new Map(gone.map((key) => [key, undefined])) });
+        if (gone.length > 0) await this.#metadata.commit({ overlays: new Map(gone.map((key) => [key, undefined])) });
         for (const key of part) this.#left.delete(key);
       }
     } catch (error) {
