@@ -6,7 +6,7 @@
  */
 import type { Awaitable } from '../vdi-record.js';
 import type { DataObjects, OverlayChanges } from './data-objects.js';
-import { segmentFile, type Layers } from './layers.js';
+import { segmentFile, segmentOffset, type Layers } from './layers.js';
 import type { Metadata } from './metadata.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
 import { SEGMENT_OBJECTS } from './overlays.js';
@@ -217,7 +217,7 @@ export class OverlayMerge {
       await whole.write(base, idx, offset, data, vdi ?? MERGES);
       return localObjectKey(base, idx);
     }
-    const at = ((idx % SEGMENT_OBJECTS) * segments.lengthOf(base)) / SEGMENT_OBJECTS + offset;
+    const at = segmentOffset(segments, base, idx, offset);
     await segments.write(base, Math.floor(idx / SEGMENT_OBJECTS), at, data, vdi ?? MERGES);
     return segmentFile(segmentOf(localObjectKey(base, idx)));
   }
@@ -249,7 +249,7 @@ export class OverlayMerge {
     const { overlays, segments } = layers;
     const vid = vidOf(key);
     const idx = idxOf(key);
-    const start = ((idx % SEGMENT_OBJECTS) * segments.lengthOf(vid)) / SEGMENT_OBJECTS;
+    const start = segmentOffset(segments, vid, idx, 0);
     for (const { first, end } of runs) {
       const data = Buffer.allocUnsafe((end - first) * OVERLAY_BLOCK);
       await objects.read(overlays.baseOf(vid, idx), idx, first * OVERLAY_BLOCK, data, MERGES);

@@ -252,17 +252,12 @@ export class OverlayMerger implements Merging {
     if (this.#planOf(key) !== undefined) return { key, vdi: this.#vdiOf(key), bottom: undefined };
     const vid = vidOf(key);
     const idx = idxOf(key);
-    const layers: number[] = [];
-    for (let at = vid, base = overlays.baseOf(at, idx); base !== 0; base = overlays.baseOf(at, idx)) {
-      layers.push(at);
-      if (base === at) break;
-      at = base;
-    }
-    if (layers.length <= MANY_LAYERS) return undefined;
+    const depth = overlays.depthOf(vid, idx);
+    if (depth <= MANY_LAYERS) return undefined;
     // The older ones, so that what has changed between the latest snapshots stays exact.
-    const upper = layers.at(-FLAT_LAYERS) as number;
-    const lowest = layers.at(-1) as number;
-    const bottom = overlays.baseOf(lowest, idx);
+    const layers = overlays.layersOf(vid, idx);
+    const upper = layers[depth - FLAT_LAYERS] as number;
+    const bottom = layers.at(-1) as number;
     const upperKey = localObjectKey(upper, idx);
     return { key: upperKey, vdi: this.#vdiOf(upperKey), bottom };
   }
