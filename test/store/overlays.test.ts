@@ -394,6 +394,35 @@ test('a store that has lost its metadata is damaged, also if all its objects are
   await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED' });
 });
 
+test('check names data in a segment file that belongs to no overlay, a foreign file, and a lost segment; repair spares the rest', async () => {
+  const disk = await fullDisk();
+  await catalog.snapshot('disk', 's');
+  await disk.write(0, BLOCK, 2);
+  await catalog.close();
+  const segment = path.join(directory, 'overlays', '0000000200000000');
+  const fd = fs.openSync(segment, 'r+');
+  fs.writeSync(fd, Buffer.alloc(BLOCK, 9), 0, BLOCK, 3 * OBJECT);
+  fs.closeSync(fd);
+  const stray = path.join(directory, 'overlays', 'stray');
+  fs.writeFileSync(stray, 'x');
+  await open();
+  expect((await problems()).toSorted()).toEqual([
+    `orphan: ${stray}: no VDI refers to it`,
+    `orphan: data of object 3 in ${segment}: no VDI refers to it`,
+  ]);
+  expect(await catalog.check({ repair: true })).toMatchObject({ repaired: 2 });
+  expect(await problems()).toEqual([]);
+  expect(fs.statSync(segment).blocks * 512).toBe(BLOCK);
+  await checkContent(await catalog.openVdi('disk'), disk.content);
+  await catalog.close();
+  fs.renameSync(segment, `${segment}.away`);
+  await open();
+  expect(await problems()).toEqual([
+    expect.stringMatching(/^lost: parts of disk bytes 0 to 1048575 \(.*missing\)$/),
+    expect.stringMatching(/^orphan: /),
+  ]);
+});
+
 describe('the format', () => {
   const formatOf = async (): Promise<string | undefined> => {
     await catalog.close();

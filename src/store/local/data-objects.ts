@@ -149,8 +149,6 @@ export interface DataObjects {
   /** Resolves when all removals have ended. */
   removed(): Promise<void>;
 
-  /** For people: the file that has the object's own data. */
-  nameOf(key: number): string;
   /** Why the object cannot be whole, with `length` bytes, as far as is known without reading it; undefined if it can. */
   problemOf(key: number, length: number): string | undefined;
   /** All entries of the objects folder, in no order. For check, and for recovery after a crash. */

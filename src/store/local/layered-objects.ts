@@ -323,11 +323,6 @@ export class LayeredObjects implements DataObjects {
     await this.#whole.removed();
   }
 
-  nameOf(key: number): string {
-    if (this.isOverlay(vidOf(key), idxOf(key))) return this.#segments.nameOf(segmentOf(key));
-    return this.#whole.nameOf(key);
-  }
-
   problemOf(key: number, length: number): string | undefined {
     const base = this.#overlays.baseOf(vidOf(key), idxOf(key));
     if (base === 0) return this.#whole.problemOf(key, length);

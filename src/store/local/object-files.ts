@@ -137,10 +137,6 @@ export class ObjectFiles {
     this.#names.expectLength(vid, length);
   }
 
-  nameOf(key: number): string {
-    return this.#names.path(key);
-  }
-
   /** See ObjectNames.lengthOf. */
   lengthOf(vid: number): number {
     return this.#names.lengthOf(vid);
