@@ -79,6 +79,9 @@ test('only object-files.ts and its parts know names of files; only layered-objec
   expect([...users].sort()).toEqual(['object-files.ts', 'object-opening.ts', 'object-removal.ts']);
 });
 
+/** Without the growth of meta.mdb, which depends on the pages that LMDB takes. */
+const takeLines = (): string[] => recording.takeLines().filter((line) => line !== 'resize meta.mdb');
+
 let directory: string;
 let recording: RecordingDisk;
 let failing: FailingDisk;
@@ -132,11 +135,11 @@ async function openAfterPowerLoss(at = Infinity): Promise<void> {
 
 describe('a recording disk sees, in order,', () => {
   const FIRST = 'objects/01/0000000100000000';
-  beforeEach(() => void recording.takeLines());
+  beforeEach(() => void takeLines());
 
   test('a write: the file, its length and its data, then the log; and of a flush data, name, map', async () => {
     await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
-    expect(recording.takeLines()).toEqual([
+    expect(takeLines()).toEqual([
       `create ${FIRST}`,
       `resize ${FIRST}`,
       `write ${FIRST}`,
@@ -145,23 +148,23 @@ describe('a recording disk sees, in order,', () => {
       'write recent/1',
     ]);
     await vdi.write(0, Buffer.alloc(BLOCK, 2), false);
-    expect(recording.takeLines()).toEqual([`write ${FIRST}`]);
+    expect(takeLines()).toEqual([`write ${FIRST}`]);
     await vdi.flush();
-    expect(recording.takeLines()).toEqual([`sync ${FIRST}`, 'sync names objects/01', 'commit meta.mdb']);
+    expect(takeLines()).toEqual([`sync ${FIRST}`, 'sync names objects/01', 'commit meta.mdb']);
   });
 
   test('a write with FUA into an existing object: data, sync of the data', async () => {
     await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
-    recording.takeLines();
+    takeLines();
     await vdi.write(0, Buffer.alloc(BLOCK, 2), true);
-    expect(recording.takeLines()).toEqual([`write ${FIRST}`, `sync ${FIRST}`]);
+    expect(takeLines()).toEqual([`write ${FIRST}`, `sync ${FIRST}`]);
   });
 
   test('a snapshot: dirty data is synced before the commits that complete the snapshot, and the next write makes an overlay', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
-    recording.takeLines();
+    takeLines();
     await catalog.snapshot('disk', 's');
-    const taken = recording.takeLines();
+    const taken = takeLines();
     expect(taken).toEqual([
       `sync ${FIRST}`,
       'sync names objects/01',
@@ -172,7 +175,7 @@ describe('a recording disk sees, in order,', () => {
     ]);
     await vdi.write(0, Buffer.alloc(BLOCK, 2), false);
     const segment = 'overlays/0000000200000000';
-    expect(recording.takeLines()).toEqual([
+    expect(takeLines()).toEqual([
       'create overlays',
       'sync names overlays',
       'sync names .',
@@ -184,29 +187,29 @@ describe('a recording disk sees, in order,', () => {
       'write recent/1',
     ]);
     await vdi.write(BLOCK, Buffer.alloc(BLOCK, 3), false);
-    expect(recording.takeLines()).toEqual([`write ${segment}`, 'write recent/1']);
+    expect(takeLines()).toEqual([`write ${segment}`, 'write recent/1']);
     await vdi.write(BLOCK, Buffer.alloc(BLOCK, 4), false);
-    expect(recording.takeLines()).toEqual([`write ${segment}`]);
+    expect(takeLines()).toEqual([`write ${segment}`]);
     await vdi.flush();
-    expect(recording.takeLines()).toEqual([`sync ${segment}`, 'sync names overlays', 'commit meta.mdb']);
+    expect(takeLines()).toEqual([`sync ${segment}`, 'sync names overlays', 'commit meta.mdb']);
   });
 
   test('a delete: no object is removed before the commit that ends all references to it', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
     await catalog.release(vdi);
-    recording.takeLines();
+    takeLines();
     await catalog.remove('disk');
     await store.reclaimed();
-    expect(recording.takeLines()).toEqual(['commit meta.mdb', `unlink ${FIRST}`, 'unlink objects/01/0000000100000001']);
+    expect(takeLines()).toEqual(['commit meta.mdb', `unlink ${FIRST}`, 'unlink objects/01/0000000100000001']);
   });
 
   test('a resize: the shortened map is stored, then the size, then the object is removed', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
     await catalog.release(vdi);
-    recording.takeLines();
+    takeLines();
     await catalog.resize('disk', OBJECT, { force: true });
     await store.reclaimed();
-    const cut = recording.takeLines().filter((line) => !line.includes('recent'));
+    const cut = takeLines().filter((line) => !line.includes('recent'));
     expect(cut.filter((line) => line.startsWith('commit')).length).toBeGreaterThanOrEqual(2);
     expect(cut[0]).toBe('commit meta.mdb');
     expect(cut.filter((line) => line.startsWith('unlink'))).toEqual(['unlink objects/01/0000000100000001']);
@@ -257,7 +260,7 @@ describe('a recording disk sees, in order,', () => {
     await catalog.release(vdi);
     await catalog.remove('disk');
     await catalog.close();
-    const lines = recording.takeLines();
+    const lines = takeLines();
     const removed = lines.indexOf(`unlink ${FIRST}`);
     expect(removed).toBeGreaterThan(0);
     expect(lines.slice(removed, removed + 3)).toEqual([`unlink ${FIRST}`, 'sync names objects/01', 'commit meta.mdb']);
