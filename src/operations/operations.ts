@@ -120,9 +120,9 @@ export interface Operations {
   /** Remove a lock that was left behind; see VdiCatalog. Errors: UNSUPPORTED, NOT_LOCKED, BUSY, NEEDS_FORCE. */
   unlock(spec: string, options?: UnlockOptions): Promise<LockStatus>;
   /**
-   * Where two VDIs or snapshots of one name may differ, from `offset` to the end of `spec`: exact to the data object, from their
-   * maps alone. A page has at most MAX_PAGE_RANGES ranges, and covers any number of bytes. Errors: BAD_SIZE (their data objects
-   * are of different sizes).
+   * Where two VDIs or snapshots of one name may differ, from `offset` to the end of `spec`: from their maps, exact to the
+   * data object, or to what the store knows of an object. A page has at most MAX_PAGE_RANGES ranges, and covers any number of
+   * bytes. Errors: BAD_SIZE (their data objects are of different sizes).
    */
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** The connections of NBD clients; none without a daemon. */

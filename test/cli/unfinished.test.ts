@@ -27,12 +27,16 @@ interface Listed {
   readonly unfinished: { readonly by: string; readonly since: string } | null;
 }
 
-/** Not the file with which a store probes its filesystem while it is opened. */
-function objectFiles(store: string): number {
-  const objects = path.join(store, 'objects');
-  if (!fs.existsSync(objects)) return 0;
-  const folders = fs.readdirSync(objects).filter((name) => /^[0-9a-f]{2}$/.test(name));
-  return folders.reduce((sum, name) => sum + fs.readdirSync(path.join(objects, name)).length, 0);
+/** Bytes of all objects. Not the file with which a store probes its filesystem while it is opened. */
+function objectBytes(store: string): number {
+  let sum = 0;
+  for (const folder of ['objects', 'overlays']) {
+    const root = path.join(store, folder);
+    for (const name of fs.existsSync(root) ? fs.readdirSync(root, { recursive: true, encoding: 'utf8' }) : [])
+      if (/[0-9a-f]{16}$/.test(name))
+        sum += (fs.statSync(path.join(root, name), { throwIfNoEntry: false })?.blocks ?? 0) * 512;
+  }
+  return sum;
 }
 
 /** Listing all folders of a store takes CPU time that the awaited command needs. */
@@ -55,16 +59,16 @@ function waitsForStdin(pid: number): boolean {
   });
 }
 
-/** An import from a pipe that has written `data` and stays open; resolves when there are `objects` more objects. */
+/** An import from a pipe that has written `data` and stays open; resolves when it has begun to fill `objects` objects. */
 async function importing(store: string, data: Buffer, objects: number, ...args: string[]): Promise<ChildProcess> {
-  const before = objectFiles(store);
+  const before = objectBytes(store);
   const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--raw', ...args], {
     env: { ...process.env, SHEEPGATE_STORE: store },
     stdio: ['pipe', 'ignore', 'ignore'],
   });
   child.stdin.on('error', () => undefined);
   child.stdin.write(data);
-  await waitUntil(() => seldom(() => objectFiles(store) >= before + objects), 'the import has written');
+  await waitUntil(() => seldom(() => objectBytes(store) >= before + objects * (MIB / 2)), 'the import has written');
   return child;
 }
 
@@ -188,12 +192,12 @@ describe.each(WAYS)('%s', (way) => {
     expect((await target.run(['import', '-', 'original', '--size', '24M'], { input: content })).code).toBe(0);
     const to = path.join(temporaryDirectory(), 'backup');
     await target.ok('backup', 'original', '--to', to);
-    const before = objectFiles(target.store);
+    const before = objectBytes(target.store);
     const child = spawn(process.execPath, ['--import', PAUSED_IO, BIN, 'restore', to, 'vm'], {
       env: { ...process.env, SHEEPGATE_STORE: target.store, PAUSED_CALL: 'read', PAUSED_UNTIL: `${to}.never` },
       stdio: 'ignore',
     });
-    await waitUntil(() => seldom(() => objectFiles(target.store) > before || child.exitCode !== null), 'it restores');
+    await waitUntil(() => seldom(() => objectBytes(target.store) > before || child.exitCode !== null), 'it restores');
     await killed(child, target);
     expect((await stateOf(target))?.by).toBe('restore');
     await expectRefusals(target, 'restore');

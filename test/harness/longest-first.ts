@@ -8,6 +8,8 @@ import { BaseSequencer, type TestSpecification } from 'vitest/node';
 const LONG = [
   'test/stores/real-nodes.test.ts',
   'test/stores/stand-in.test.ts',
+  'test/power/states.test.ts',
+  'test/power/faults.test.ts',
   'test/sheep/recovery.test.ts',
   'nbd/test/package/packed.test.ts',
   'test/sheep/rules.test.ts',

@@ -8,9 +8,12 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { MAX_LAYERS } from '../../src/store/local/overlay-writes.js';
 import { MANY_LAYERS } from '../../src/store/local/overlay-merger.js';
+import { O_CREAT, O_RDWR, O_WRONLY } from '../../src/system/disk.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { temporaryDirectory } from '../harness/daemon.js';
+import { interpose } from '../harness/interposed-disk.js';
 import { changesOf, checkContent, Disk } from '../stores/session.js';
 
 const OBJECT = 2 ** 20;
@@ -162,6 +165,25 @@ describe('a write to a shared object', () => {
   });
 });
 
+test('an object that is made whole where an overlay was given up a moment ago is whole after a crash', async () => {
+  const disk = await fullDisk();
+  await catalog.snapshot('disk', 's');
+  await disk.write(0, BLOCK, 2);
+  await disk.vdi.flush();
+  await disk.trim(0, OBJECT);
+  await disk.vdi.flush();
+  // The overlay is given up when the flush is done; its record is removed later.
+  await new Promise((resolve) => setImmediate(resolve));
+  await disk.write(2 * BLOCK, BLOCK, 3);
+  await disk.vdi.flush();
+  const crashed = path.join(temporaryDirectory(), 'store');
+  fs.cpSync(directory, crashed, { recursive: true });
+  await catalog.close();
+  directory = crashed;
+  await open();
+  await checkContent(await catalog.openVdi('disk'), disk.content);
+});
+
 function vids(of: LocalStore): number {
   return of.metadata.records().length;
 }
@@ -279,6 +301,29 @@ describe('merging', () => {
     return most;
   };
 
+  test('goes on with the others where one object cannot be merged, which is logged once', async () => {
+    const disk = await fullDisk();
+    await catalog.snapshot('disk', 's');
+    for (let at = 0; at < SIZE; at += OBJECT) await disk.write(at, BLOCK, 2);
+    await disk.vdi.flush();
+    await catalog.remove('disk@s');
+    await catalog.close();
+    const root = path.join(directory, 'objects');
+    const [first = ''] = fs
+      .readdirSync(root, { recursive: true, encoding: 'utf8' })
+      .filter((name) => /00000000$/.test(name));
+    fs.truncateSync(path.join(root, first), BLOCK);
+    const lines: string[] = [];
+    await open({ log: (line) => lines.push(line) });
+    const vdi = await catalog.openVdi('disk');
+    for (let round = 0; round < 3; round++) await store.merger.settled();
+    expect(await store.merger.state()).toMatchObject({ overlays: 1 });
+    expect(lines).toEqual([expect.stringContaining(first)]);
+    const rest = Buffer.alloc(SIZE - OBJECT);
+    await vdi.read(OBJECT, rest);
+    expect(rest.equals(disk.content.subarray(OBJECT))).toBe(true);
+  });
+
   test('can be paused', async () => {
     const disk = await fullDisk();
     await catalog.snapshot('disk', 's');
@@ -317,11 +362,71 @@ describe('merging', () => {
   });
 });
 
+test('a store whose overlays can be merged, on a read-only filesystem, is read and left alone', async () => {
+  const disk = await fullDisk();
+  await catalog.snapshot('disk', 's');
+  await disk.write(0, BLOCK, 2);
+  await disk.vdi.flush();
+  await catalog.remove('disk@s');
+  await catalog.close();
+  const frozen = interpose(hostDisk, ({ name, args, file }, proceed) => {
+    const [, flags] = args as [unknown, number];
+    const opens = (name === 'openSync' || name === 'open') && (flags & (O_WRONLY | O_RDWR | O_CREAT)) !== 0;
+    if (opens && file.startsWith(directory)) throw Object.assign(new Error('EROFS'), { code: 'EROFS' });
+    return proceed();
+  });
+  const lines: string[] = [];
+  await open({ disk: frozen, mergeDelayMs: 0, log: (line) => lines.push(line) });
+  expect(store.readOnlyBecause).toBeDefined();
+  await checkContent(await catalog.openVdi('disk'), disk.content);
+  await store.merger.settled();
+  expect(await store.merger.state()).toMatchObject({ overlays: 1 });
+  expect(lines).toHaveLength(1);
+});
+
+test('a store that has lost its metadata is damaged, also if all its objects are overlays', async () => {
+  await fullDisk();
+  await catalog.close();
+  fs.rmSync(path.join(directory, 'objects'), { recursive: true });
+  fs.rmSync(path.join(directory, 'meta.mdb'));
+  fs.mkdirSync(path.join(directory, 'overlays'), { recursive: true });
+  fs.writeFileSync(path.join(directory, 'overlays', '0000000200000000'), 'x');
+  await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED' });
+});
+
+test('check names data in a segment file that belongs to no overlay, a foreign file, and a lost segment; repair spares the rest', async () => {
+  const disk = await fullDisk();
+  await catalog.snapshot('disk', 's');
+  await disk.write(0, BLOCK, 2);
+  await catalog.close();
+  const segment = path.join(directory, 'overlays', '0000000200000000');
+  const fd = fs.openSync(segment, 'r+');
+  fs.writeSync(fd, Buffer.alloc(BLOCK, 9), 0, BLOCK, 3 * OBJECT);
+  fs.closeSync(fd);
+  const stray = path.join(directory, 'overlays', 'stray');
+  fs.writeFileSync(stray, 'x');
+  await open();
+  expect((await problems()).toSorted()).toEqual([
+    `orphan: ${stray}: no VDI refers to it`,
+    `orphan: data of object 3 in ${segment}: no VDI refers to it`,
+  ]);
+  expect(await catalog.check({ repair: true })).toMatchObject({ repaired: 2 });
+  expect(await problems()).toEqual([]);
+  expect(fs.statSync(segment).blocks * 512).toBe(BLOCK);
+  await checkContent(await catalog.openVdi('disk'), disk.content);
+  await catalog.close();
+  fs.renameSync(segment, `${segment}.away`);
+  await open();
+  expect(await problems()).toEqual([
+    expect.stringMatching(/^lost: parts of disk bytes 0 to 1048575 \(.*missing\)$/),
+    expect.stringMatching(/^orphan: /),
+  ]);
+});
+
 describe('the format', () => {
   const formatOf = async (): Promise<string | undefined> => {
     await catalog.close();
     const { openEnvironment } = await import('../../src/store/local/lmdb-environment.js');
-    const { hostDisk } = await import('../../src/system/real-disk.js');
     const env = openEnvironment(hostDisk, path.join(directory, 'meta.mdb'), { readOnly: false });
     const format = env.get('format')?.toString();
     await env.close();

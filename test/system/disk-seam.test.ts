@@ -82,6 +82,13 @@ test('only object-files.ts and its parts know names of files; only layered-objec
   expect([...users].sort()).toEqual(['object-files.ts', 'object-opening.ts', 'object-removal.ts', ...rescue]);
 });
 
+/**
+ * Without the growth of meta.mdb, which depends on the pages that LMDB takes, and without the change record, which is written
+ * beside a commit, in no order with it: see the last test.
+ */
+const takeLines = (): string[] =>
+  recording.takeLines().filter((line) => line !== 'resize meta.mdb' && !line.includes(' copies'));
+
 let directory: string;
 let recording: RecordingDisk;
 let failing: FailingDisk;
@@ -136,11 +143,6 @@ async function openAfterPowerLoss(at = Infinity): Promise<void> {
 describe('a recording disk sees, in order,', () => {
   const FIRST = 'objects/01/0000000100000000';
   beforeEach(() => void takeLines());
-
-  /** The change record is written beside a commit, in no order with it: see the last test. */
-  function takeLines(): string[] {
-    return recording.takeLines().filter((line) => !line.includes(' copies'));
-  }
 
   test('a write: the file, its length and its data, then the log; and of a flush data, name, map', async () => {
     await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
@@ -258,6 +260,49 @@ describe('a recording disk sees, in order,', () => {
     expect(
       recording.events.filter(({ op }) => op === 'commit').every((event) => 'pages' in event && event.pages.size > 0),
     ).toBe(true);
+  });
+
+  test('an orderly close after a removal: the removed names are synced before the store is marked as clean', async () => {
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
+    await catalog.release(vdi);
+    await catalog.remove('disk');
+    await catalog.close();
+    const lines = takeLines();
+    const removed = lines.indexOf(`unlink ${FIRST}`);
+    expect(removed).toBeGreaterThan(0);
+    expect(lines.slice(removed, removed + 3)).toEqual([`unlink ${FIRST}`, 'sync names objects/01', 'commit meta.mdb']);
+    await openAfterPowerLoss();
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('an orderly close whose removals cannot be synced fails, and the next start looks for them', async () => {
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
+    await catalog.release(vdi);
+    await catalog.remove('disk');
+    const rule = failing.fail({ calls: ['fsync'], file: /objects/ }, 'EIO');
+    await expect(catalog.close()).rejects.toMatchObject({ code: 'IO' });
+    expect(rule.count).toBe(1);
+    rule.off();
+    await open(directory, hostDisk);
+    expect(lines.join()).toMatch(/was not shut down cleanly/);
+  });
+
+  test('check --repair removes logs that were set aside for good: their names are synced', async () => {
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
+    const killed = path.join(temporaryDirectory(), 'store');
+    fs.cpSync(directory, killed, { recursive: true });
+    await catalog.close();
+    const after = new RecordingDisk(killed);
+    await open(killed, after.disk);
+    expect((await catalog.check({ repair: false })).problems.join()).toMatch(/set aside/);
+    after.takeLines();
+    await catalog.check({ repair: true });
+    const changes = after.takeLines().filter((line) => /set-aside|commit/.test(line));
+    expect(changes).toEqual([
+      expect.stringMatching(/^unlink set-aside/) as string,
+      'sync names set-aside',
+      'commit meta.mdb',
+    ]);
   });
 
   test('everything: the recorded changes add up to the content of the disk, byte by byte', async () => {
@@ -514,6 +559,18 @@ describe('a backup target', () => {
         (event) => event.op.startsWith('sync') || event.path.endsWith('lock') || recorder.isDurable(event),
       ),
     ).toBe(true);
+  });
+
+  test('whose first run ended before its name was synced gets it synced by the next', async () => {
+    const home = path.join(temporaryDirectory(), 'backups');
+    const broken = new FailingDisk();
+    broken.fail({ calls: ['fsync'], file: new RegExp(`^${path.dirname(home)}$`) }, 'EIO');
+    await expect(BackupTarget.openForBackup(home, 'disk', 'store', work, false, broken.disk)).rejects.toThrow(/EIO/);
+    expect(fs.existsSync(path.join(home, 'manifest.json'))).toBe(true);
+    const recorder = new RecordingDisk(path.dirname(home));
+    const target = await BackupTarget.openForBackup(home, 'disk', 'store', work, false, recorder.disk);
+    await target.close();
+    expect(recorder.takeLines()).toContain('sync names .');
   });
 
   const backup = (to: string, disk: HostDisk, keep?: number): Promise<unknown> => {

@@ -87,8 +87,9 @@ export class BackupTarget {
         await refuseForeign(disk, place, given, isNew);
         manifest = newManifest(randomBytes(4).toString('hex'), vdi, store);
         await writeManifest(disk, place.home, manifest);
-        await syncDirectory(disk, path.dirname(place.home));
       }
+      // Also if an earlier run has made it: that run may have ended before this.
+      if (manifest.points.length === 0) await syncDirectory(disk, path.dirname(place.home));
       const target = await BackupTarget.#at(disk, place, manifest, lock);
       await target.#recover(work, isFull);
       return target;

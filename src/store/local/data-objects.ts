@@ -149,14 +149,14 @@ export interface DataObjects {
   /** Resolves when all removals have ended. */
   removed(): Promise<void>;
 
-  /** For people: the file that has the object's own data. */
-  nameOf(key: number): string;
   /** Why the object cannot be whole, with `length` bytes, as far as is known without reading it; undefined if it can. */
   problemOf(key: number, length: number): string | undefined;
   /** All entries of the objects folder, in no order. For check, and for recovery after a crash. */
   scan(): AsyncGenerator<FoundObject>;
   /** Removes an entry that no map refers to. Errors: those of the disk. */
-  removeFound(found: FoundObject): Promise<void>;
+  removeFound(found: FoundObject | FoundSegment): Promise<void>;
+  /** When this resolves, nothing that was removed until now can be back after a power loss. Errors: IO. */
+  syncRemovals(): Promise<void>;
   /** All segment files, with what is in them and belongs to no overlay. */
   scanSegments(): AsyncGenerator<FoundSegment>;
   /** Gives back, in the background, the space of objects that are no overlays (FoundSegment.leftovers). */

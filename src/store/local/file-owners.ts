@@ -7,7 +7,7 @@ import type { HostDisk } from '../../system/disk.js';
 import { shellWord } from '../../text/shell-word.js';
 
 /** The parts of a store apart from single objects. */
-const PARTS = ['lock', 'meta.mdb', 'objects', 'recent'];
+const PARTS = ['lock', 'meta.mdb', 'objects', 'overlays', 'recent'];
 
 export class Owners {
   readonly #disk: HostDisk;

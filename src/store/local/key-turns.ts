@@ -14,11 +14,6 @@ export class KeyTurns {
     return this.#turns.size > 0 && this.#turns.has(key);
   }
 
-  /** Whether nothing is under way. */
-  isIdle(key: number): boolean {
-    return !this.isTaken(key) && (this.#busy.size === 0 || !this.#busy.has(key));
-  }
-
   /** Do `work` alone among the turns of the object, after those asked for before. */
   run<T>(key: number, work: () => Awaitable<T>): Promise<T> {
     const before = this.#turns.get(key) ?? Promise.resolve();

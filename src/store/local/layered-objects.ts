@@ -10,7 +10,7 @@ import type { DataObjects, FoundObject, FoundSegment, OverlayChanges } from './d
 import type { KeyTurns } from './key-turns.js';
 import type { ObjectFiles } from './object-files.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
-import { isSegmentFile, segmentFile, segmentOfFile, type Layers } from './layers.js';
+import { isSegmentFile, segmentFile, segmentOffset, segmentOfFile, type Layers } from './layers.js';
 import { OverlayWrites } from './overlay-writes.js';
 import { SEGMENT_OBJECTS, type Overlays } from './overlays.js';
 import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
@@ -118,7 +118,7 @@ export class LayeredObjects implements DataObjects {
 
   /** Where a byte of the overlay is in its segment file. */
   #at(vid: number, idx: number, offset: number): number {
-    return ((idx % SEGMENT_OBJECTS) * this.#segments.lengthOf(vid)) / SEGMENT_OBJECTS + offset;
+    return segmentOffset(this.#segments, vid, idx, offset);
   }
 
   write(vid: number, idx: number, offset: number, data: Buffer, who: unknown = vid): Awaitable<void> {
@@ -190,8 +190,12 @@ export class LayeredObjects implements DataObjects {
 
   async willNeed(vid: number, idx: number, offset: number, length: number, who: unknown = vid): Promise<void> {
     if (!this.isOverlay(vid, idx)) return this.#whole.willNeed(vid, idx, offset, length, who);
-    const parts = Array.from(this.#parts(vid, idx, offset, length));
-    for (const { owner, from, to } of parts) {
+    // It counts as work on the overlay, which is not given up meanwhile.
+    await this.#turns.during(localObjectKey(vid, idx), this.#willNeedParts(vid, idx, offset, length, who));
+  }
+
+  async #willNeedParts(vid: number, idx: number, offset: number, length: number, who: unknown): Promise<void> {
+    for (const { owner, from, to } of Array.from(this.#parts(vid, idx, offset, length))) {
       if (owner !== vid) await this.willNeed(owner, idx, from, to - from, who);
       else await this.#segments.willNeed(vid, idx >>> 8, this.#at(vid, idx, from), to - from, who);
     }
@@ -244,8 +248,8 @@ export class LayeredObjects implements DataObjects {
 
   changes(owner: number, before: number, idx: number, offset: number, length: number, sink: ExtentSink): boolean {
     const overlays = this.#overlays;
-    const over = this.#layersOf(owner, idx);
-    const under = this.#layersOf(before, idx);
+    const over = overlays.layersOf(owner, idx);
+    const under = overlays.layersOf(before, idx);
     const common = over.find((vid) => under.includes(vid));
     if (common === undefined) return false;
     const layers = [...over.slice(0, over.indexOf(common)), ...under.slice(0, under.indexOf(common))];
@@ -262,16 +266,6 @@ export class LayeredObjects implements DataObjects {
       at = to;
     }
     return true;
-  }
-
-  /** The object and those below it, from the top. */
-  #layersOf(vid: number, idx: number): number[] {
-    const layers = [vid];
-    for (let at = vid, base = this.#overlays.baseOf(at, idx); base !== 0 && base !== at;) {
-      layers.push((at = base));
-      base = this.#overlays.baseOf(at, idx);
-    }
-    return layers;
   }
 
   isDense(vid: number, idx: number): boolean {
@@ -329,11 +323,6 @@ export class LayeredObjects implements DataObjects {
     await this.#whole.removed();
   }
 
-  nameOf(key: number): string {
-    if (this.isOverlay(vidOf(key), idxOf(key))) return this.#segments.nameOf(segmentOf(key));
-    return this.#whole.nameOf(key);
-  }
-
   problemOf(key: number, length: number): string | undefined {
     const base = this.#overlays.baseOf(vidOf(key), idxOf(key));
     if (base === 0) return this.#whole.problemOf(key, length);
@@ -346,8 +335,14 @@ export class LayeredObjects implements DataObjects {
     return this.#whole.scan();
   }
 
-  removeFound(found: FoundObject): Promise<void> {
-    return this.#whole.removeFound(found);
+  removeFound(found: FoundObject | FoundSegment): Promise<void> {
+    return 'isUsed' in found ? this.#segments.removeFound(found) : this.#whole.removeFound(found);
+  }
+
+  async syncRemovals(): Promise<void> {
+    await this.#space.sync();
+    await this.#segments.syncRemovals();
+    await this.#whole.syncRemovals();
   }
 
   /** Each has the key of a segment (segmentOf). */

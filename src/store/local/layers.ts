@@ -4,7 +4,7 @@
  */
 import type { KeyTurns } from './key-turns.js';
 import type { ObjectFiles } from './object-files.js';
-import type { Overlays } from './overlays.js';
+import { SEGMENT_OBJECTS, type Overlays } from './overlays.js';
 import type { ReferenceCounts } from './reference-counts.js';
 
 /** Added to the key of a segment file to tell it from the key of a whole object: above all of those. */
@@ -35,4 +35,9 @@ export interface Layers {
   readonly isReady: boolean;
   /** Gives it both, durably. */
   prepare(): Promise<void>;
+}
+
+/** Where a byte of the overlay (vid, idx) is in its segment file. */
+export function segmentOffset(segments: ObjectFiles, vid: number, idx: number, offset: number): number {
+  return ((idx % SEGMENT_OBJECTS) * segments.lengthOf(vid)) / SEGMENT_OBJECTS + offset;
 }

@@ -23,3 +23,15 @@ export async function lmdbFileProblem(disk: HostDisk, file: string): Promise<str
     disk.closeSync(fd);
   }
 }
+
+/**
+ * Make the file, open as `fd`, as long as LMDB's own count of pages says. LMDB does not write pages that a transaction takes and
+ * gives back, so the file of a sound store can end before the last page, and would look truncated. Errors: those of the disk.
+ */
+export function extendToLastPage(disk: HostDisk, fd: number): void {
+  const { states, problem } = readMeta(disk, fd);
+  const [newest] = states;
+  if (problem !== undefined || newest === undefined) return;
+  const needed = newest.pages * newest.pageSize;
+  if (disk.fstatSync(fd).size < needed) disk.truncateSync(fd, needed);
+}

@@ -295,6 +295,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
     return this.merger.left(vdi);
   }
 
+  hasRecordOf(key: number): boolean {
+    return this.#records.isStored(key);
+  }
+
   opened(): void {
     if (this.overlays.size > 0) this.merger.look();
   }
@@ -362,6 +366,11 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery, Me
     }
     this.open.clear();
     await this.reclaimed();
+    // A clean store is not searched for unreferenced objects at the next open: none may be back after a power loss.
+    await this.objects.syncRemovals().catch((error: unknown) => {
+      clean = false;
+      failure ??= error as Error;
+    });
     await this.objects.close();
     failure ??= this.#lost;
     const isEmpty = failure === undefined && this.metadata.records().length === 0;

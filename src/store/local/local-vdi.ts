@@ -13,6 +13,7 @@ import type { OverlayWrite } from './overlay-records.js';
 import type { Overlays } from './overlays.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
 import { ObjectSyncs, type SyncHost } from './object-syncs.js';
+import { isPlanted, type PlantedFault } from './planted-faults.js';
 import { idxOf, localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
@@ -31,6 +32,8 @@ export interface LocalVdiHost extends SyncHost {
   readonly makesOnlyOverlays: boolean;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
+  /** Whether an overlay of this name that is gone may still be stored. */
+  hasRecordOf(key: number): boolean;
   /** Resolves when no merge works on this VDI. */
   merged(vdi: LocalVdi): Promise<void>;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
@@ -100,7 +103,7 @@ export class LocalVdi implements ObjectVdi {
       log,
       host.overlays,
       (idx) => this.map[idx] as number,
-      (key) => this.#giveUp(key),
+      (key) => this.#giveUp(key, 'merge drops its base early'),
     );
   }
 
@@ -146,7 +149,7 @@ export class LocalVdi implements ObjectVdi {
     this.map[idx] = base;
     this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
     void this.#log.changed(idx, base);
-    this.#giveUp(localObjectKey(owner, idx));
+    this.#giveUp(localObjectKey(owner, idx), 'merge drops its base early');
     return true;
   }
 
@@ -176,28 +179,23 @@ export class LocalVdi implements ObjectVdi {
     const owner = this.map[idx] as number;
     const keeping =
       this.temporaries.length > 0 ? keepFor(this.temporaries, owner, idx, offset, data.length) : undefined;
-    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(owner, idx, offset, data));
-    return this.#writeOwned(owner, idx, offset, data);
+    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(idx, offset, data));
+    return this.#writeOwned(idx, offset, data);
   }
 
-  #writeOwned(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    if (this.#host.objects.isOverlay(owner, idx)) return this.#writeOver(owner, idx, offset, data);
-    const later = begun(() => this.#host.objects.write(owner, idx, offset, data, this));
-    if (later === undefined) {
-      this.#noteWritten(owner, idx);
-      return;
-    }
-    return later
-      .catch((error: unknown) =>
-        this.#afterFreeing(error, async () => this.#host.objects.write(owner, idx, offset, data, this)),
-      )
-      .then(() => this.#noteWritten(owner, idx));
-  }
-
-  #writeOver(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    const { objects } = this.#host;
-    const write = (): Awaitable<void> => objects.writeOver(owner, idx, offset, data, this.notes, this);
+  /** Asks the map at each attempt: an overlay may have been merged away while something was waited for. */
+  #writeOwned(idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const write = (): Awaitable<void> => this.#writeOnce(idx, offset, data);
     return begun(write)?.catch((error: unknown) => this.#afterFreeing(error, async () => write()));
+  }
+
+  #writeOnce(idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const { objects } = this.#host;
+    const owner = this.map[idx] as number;
+    if (objects.isOverlay(owner, idx)) return objects.writeOver(owner, idx, offset, data, this.notes, this);
+    const later = objects.write(owner, idx, offset, data, this);
+    if (later === undefined) this.#noteWritten(owner, idx);
+    else return later.then(() => this.#noteWritten(owner, idx));
   }
 
   /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new object. */
@@ -225,6 +223,7 @@ export class LocalVdi implements ObjectVdi {
     const create = (): Promise<void> =>
       objects.create(key, 2 ** this.record.blockSizeShift, offset, data, undefined, this);
     if (objects.isOverlay(vid, idx)) this.#replaceOverlay(key);
+    else if (this.#host.hasRecordOf(key)) this.#replaceRecord(key);
     this.#changes.creating.add(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(error, create));
@@ -240,9 +239,14 @@ export class LocalVdi implements ObjectVdi {
    * overlay had is not needed, also after a crash; what is below it is, until the next flush.
    */
   #replaceOverlay(key: number): void {
-    this.notes.forgets(key);
+    this.#replaceRecord(key);
     const below = this.#host.objects.remove(key, (error) => this.#host.backgroundError(error));
     if (below !== undefined) this.#giveUp(below);
+  }
+
+  /** The record of an overlay of this name goes with the flush that stores the map, and is void in the log. */
+  #replaceRecord(key: number): void {
+    this.notes.forgets(key);
     this.#replacing.add(idxOf(key));
   }
 
@@ -251,14 +255,13 @@ export class LocalVdi implements ObjectVdi {
     const owner = this.map[idx] as number;
     const keeping = keepFor(this.temporaries, owner, idx, offset, length);
     if (keeping !== undefined) await keeping;
-    if (objects.isOverlay(owner, idx)) {
-      const zero = (): Promise<void> => objects.zeroOver(owner, idx, offset, length, noHole, this.notes, this);
-      await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
-      return;
-    }
-    const zero = (): Promise<void> => objects.zero(owner, idx, offset, length, noHole, this);
+    const zero = async (): Promise<void> => {
+      const now = this.map[idx] as number;
+      if (objects.isOverlay(now, idx)) return objects.zeroOver(now, idx, offset, length, noHole, this.notes, this);
+      await objects.zero(now, idx, offset, length, noHole, this);
+      this.#noteWritten(now, idx);
+    };
     await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
-    this.#noteWritten(owner, idx);
   }
 
   /** An overlay has only the blocks that are written. */
@@ -293,7 +296,8 @@ export class LocalVdi implements ObjectVdi {
     const isOverlay = owner !== 0 && this.#host.objects.isOverlay(owner, idx);
     if (owner !== 0 && !isOverlay) {
       // Marked here and not in createObject, which has counted the reference: a sync skips objects without references.
-      this.#changes.objects.add(localObjectKey(owner, idx));
+      const skips = isPlanted('flush skips new objects') && this.#changes.inFlight !== undefined;
+      if (!skips) this.#changes.objects.add(localObjectKey(owner, idx));
       this.#changes.created.add(localObjectKey(owner, idx));
       this.#changes.creating.delete(localObjectKey(owner, idx));
     }
@@ -306,7 +310,8 @@ export class LocalVdi implements ObjectVdi {
   }
 
   /** A reference that a stored map or overlay has: it counts until the next flush is durable. */
-  #giveUp(key: number): void {
+  #giveUp(key: number, fault?: PlantedFault): void {
+    if (fault !== undefined && isPlanted(fault)) return this.#host.release([key]);
     this.#changes.releases.push(key);
     this.#releaseSoon();
   }
@@ -334,17 +339,11 @@ export class LocalVdi implements ObjectVdi {
     // What is below an overlay is written only where nobody else refers to it.
     const base = overlays.baseOf(owner, idx);
     const mayBeBelow = base !== 0 && base !== owner && this.#host.references.of(base, idx) === 1;
-    const plain =
-      this.#pendingMove === undefined &&
-      !this.#changes.pages.has(page) &&
-      !this.#changes.inFlight?.pages.has(page) &&
-      !this.#changes.recordChanged &&
-      !mayBeBelow &&
-      !this.#changes.overlays.has(key) &&
-      !this.#changes.inFlight?.overlays.has(key) &&
-      !this.#changes.created.has(file) &&
-      !this.#changes.inFlight?.created.has(file);
-    if (!plain) return this.flush();
+    const { inFlight } = this.#changes;
+    const isStored = (of: UnflushedChanges | Batch): boolean =>
+      !of.pages.has(page) && !of.overlays.has(key) && !of.created.has(file) && !of.recordChanged;
+    const isPlain = isStored(this.#changes) && (inFlight === undefined || isStored(inFlight));
+    if (!isPlain || mayBeBelow || this.#pendingMove !== undefined) return this.flush();
     if (!this.#changes.objects.has(file)) return this.flush(); // the flush in flight may be syncing it: wait for that
     this.#syncs.assertIntact();
     // The file stays marked: writes during the sync need another sync.
@@ -545,9 +544,12 @@ export class LocalVdi implements ObjectVdi {
     const logged = this.#log.flushing(this.#changes.generation);
     const pages = Array.from(batch.pages, (page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
+    if (isPlanted('release before commit')) this.#host.release(batch.releases);
     const flushed = [{ vid: batch.vid, generation: batch.generation }];
     this.#changes.inFlight = batch;
     try {
+      if (isPlanted('bitmap before data'))
+        await this.#host.metadata.commit({ overlays: await this.#storeOverlays(batch.overlays, batch.before) });
       await this.#syncs.sync(batch.objects);
       await this.#syncs.syncNames(batch.created);
       const overlays = await this.#storeOverlays(batch.overlays, batch.before);
@@ -565,7 +567,7 @@ export class LocalVdi implements ObjectVdi {
     } finally {
       this.#changes.inFlight = undefined;
     }
-    this.#host.release(batch.releases);
+    if (!isPlanted('release before commit')) this.#host.release(batch.releases);
   }
 
   /** `before`: what those were that have changed since. Returns those that are to be stored with the map. */

@@ -5,6 +5,7 @@
 import { randomUUID } from 'node:crypto';
 import zlib from 'node:zlib';
 import type { HostDisk } from '../../system/disk.js';
+import { isPlanted } from './planted-faults.js';
 
 /** Kind, two numbers, the generation in two halves, and the CRC-32 of these; u32 little-endian each. */
 export const ENTRY_BYTES = 24;
@@ -108,7 +109,9 @@ export function field(header: Buffer, name: string): string | undefined {
 
 /** Without procfs boots cannot be told apart: the logs of this process will not be applied. */
 const UNKNOWN_BOOT = randomUUID();
+const ANY_BOOT = 'any';
 
 export function bootOf(disk: HostDisk): string {
+  if (isPlanted('log of another boot')) return ANY_BOOT;
   return (disk.bootId() ?? UNKNOWN_BOOT).replaceAll('-', '');
 }

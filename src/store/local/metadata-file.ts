@@ -8,6 +8,7 @@ import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { readToEnd } from '../../system/whole-io.js';
 import { StoreError } from '../store-error.js';
 import { openEnvironment, type Environment } from './lmdb-environment.js';
+import { extendToLastPage } from './lmdb-file.js';
 import { asMetadataError, commitErrorOf, endWithoutClosing, hasPanicked, watchBegin } from './lmdb-failures.js';
 import { readMeta, type LmdbPages, type LmdbState } from './lmdb-pages.js';
 import { MetadataReserve } from './metadata-reserve.js';
@@ -97,6 +98,8 @@ export class MetadataFile {
       const env = openEnvironment(this.#disk, this.file, { readOnly: this.readOnly });
       try {
         this.#opened(env);
+        // Opening has made what was missing, in a transaction.
+        if (!this.readOnly) extendToLastPage(this.#disk, this.#fd);
         return env;
       } catch (error) {
         void env.close();
@@ -159,6 +162,7 @@ export class MetadataFile {
       return failure;
     }
     try {
+      extendToLastPage(this.#disk, this.#fd);
       this.keepReserve();
     } catch {
       // The commit itself is durable; the next one tries again.

@@ -175,7 +175,7 @@ export class Metadata {
       await metadata.close({ clean: false });
       throw new StoreError(
         'FORMAT',
-        `${directory} has store format ${format}, this sheepgate knows formats up to ${FORMAT_VERSION}; use the newer sheepgate`,
+        `${directory} has store format ${format}, this sheepgate knows format ${FORMAT_VERSION}; use the newer sheepgate`,
       );
     }
     if (format !== undefined) metadata.#format = Number(format);

@@ -137,10 +137,6 @@ export class ObjectFiles {
     this.#names.expectLength(vid, length);
   }
 
-  nameOf(key: number): string {
-    return this.#names.path(key);
-  }
-
   /** See ObjectNames.lengthOf. */
   lengthOf(vid: number): number {
     return this.#names.lengthOf(vid);
@@ -354,8 +350,13 @@ export class ObjectFiles {
     return this.#names.scan();
   }
 
-  removeFound({ name }: FoundObject): Promise<void> {
-    return this.#disk.unlink(name);
+  async removeFound({ key, name }: FoundObject): Promise<void> {
+    await this.#disk.unlink(name);
+    if (key >= 0) this.#names.noteRemoved(key);
+  }
+
+  syncRemovals(): Promise<void> {
+    return this.#names.syncRemovals();
   }
 
   problemOf(key: number, length: number): string | undefined {

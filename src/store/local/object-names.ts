@@ -53,6 +53,8 @@ export class ObjectNames {
   readonly #failed: AsFailure;
   /** vid -> expected length of the files of its objects, in bytes. */
   readonly #lengths = new Map<number, number>();
+  /** Folders from which a name was removed that would be back after a power loss. */
+  readonly #removedFrom = new Set<number>();
 
   constructor(
     disk: HostDisk,
@@ -145,12 +147,26 @@ export class ObjectNames {
       folders.add(this.#layout.folderOf(key));
       if (slice.isOver(++step)) await slice.next();
     }
+    await this.#syncFolders(folders);
+  }
+
+  /** The name of the object is removed. */
+  noteRemoved(key: number): void {
+    this.#removedFrom.add(this.#layout.folderOf(key));
+  }
+
+  /** Make all removals durable, by syncing their folders. */
+  syncRemovals(): Promise<void> {
+    return this.#syncFolders(new Set(this.#removedFrom));
+  }
+
+  async #syncFolders(folders: ReadonlySet<number>): Promise<void> {
     await Promise.all(
       [...folders].map(async (folder) => {
         const turn = SYNCS.enter(folders);
         if (turn) await turn;
         try {
-          await this.#syncFolder(path.join(this.#root, this.#folder(folder)));
+          await this.#syncFolder(folder);
         } finally {
           SYNCS.leave(folders);
         }
@@ -158,7 +174,10 @@ export class ObjectNames {
     );
   }
 
-  async #syncFolder(name: string): Promise<void> {
+  async #syncFolder(folder: number): Promise<void> {
+    const name = path.join(this.#root, this.#folder(folder));
+    // Before the sync: it does not cover a removal that happens meanwhile.
+    const hadRemovals = this.#removedFrom.delete(folder);
     try {
       const fd = await this.#disk.open(name, O_RDONLY);
       try {
@@ -167,6 +186,7 @@ export class ObjectNames {
         await this.#disk.close(fd);
       }
     } catch (error) {
+      if (hadRemovals) this.#removedFrom.add(folder);
       throw this.#failed(error, `syncing ${name}`);
     }
   }

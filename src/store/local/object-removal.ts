@@ -77,6 +77,7 @@ export class ObjectRemoval {
     const name = this.#names.path(key);
     try {
       await this.#disk.unlink(name);
+      this.#names.noteRemoved(key);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENOENT') {
         onError(this.#failed(error, `removing object ${name}`));

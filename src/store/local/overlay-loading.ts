@@ -23,16 +23,14 @@ export function loadBases({ metadata, objects, overlays }: StoreWithOverlays): v
     overlays.loadBases(vid, group, record);
     if (vid !== last) objects.expectLength((last = vid), overlays.blocks(vid) * OVERLAY_BLOCK);
   }
-  // What is below has the same size, and may be in no map.
-  for (const { key, base } of overlays.entries())
-    if (base !== last) objects.expectLength((last = base), overlays.blocks(vidOf(key)) * OVERLAY_BLOCK);
 }
 
 /**
  * Counts what overlays refer to, after the references of all maps were counted. Returns the keys of overlays to which nothing
  * refers: a crash has left their records.
  */
-export function countBases({ overlays, references }: StoreWithOverlays): number[] {
+export function countBases({ objects, overlays, references }: StoreWithOverlays): number[] {
+  let last = 0;
   /** Overlays that only other overlays refer to, and that are counted already. */
   const counted = new Set<number>();
   const unused: { readonly key: number; readonly base: number }[] = [];
@@ -49,6 +47,8 @@ export function countBases({ overlays, references }: StoreWithOverlays): number[
   };
   for (const { key, base } of overlays.entries()) {
     const idx = idxOf(key);
+    // What is below has the same size, and may be in no map.
+    if (base !== last) objects.expectLength((last = base), overlays.blocks(vidOf(key)) * OVERLAY_BLOCK);
     if (references.of(vidOf(key), idx) === 0) unused.push({ key, base });
     else if (!counted.has(key)) count(vidOf(key), idx);
   }

@@ -4,8 +4,9 @@
  * moment, also after a crash in between. Owns which way is cheaper, and the order in which a step becomes durable. Does not decide
  * when to merge: overlay-merger.ts does.
  */
+import type { Awaitable } from '../vdi-record.js';
 import type { DataObjects, OverlayChanges } from './data-objects.js';
-import { segmentFile, type Layers } from './layers.js';
+import { segmentFile, segmentOffset, type Layers } from './layers.js';
 import type { Metadata } from './metadata.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
 import { SEGMENT_OBJECTS } from './overlays.js';
@@ -47,6 +48,16 @@ export interface MergeStep {
   readonly outcome: 'going' | 'done' | 'waiting';
 }
 
+/** Blocks [first, end). */
+interface Run {
+  readonly first: number;
+  readonly end: number;
+}
+
+function moved(runs: readonly Run[]): MergeStep {
+  return { moved: runs.reduce((sum, { first, end }) => sum + end - first, 0) * OVERLAY_BLOCK, outcome: 'going' };
+}
+
 const DONE: MergeStep = { moved: 0, outcome: 'done' };
 const WAITING: MergeStep = { moved: 0, outcome: 'waiting' };
 
@@ -83,7 +94,7 @@ export class OverlayMerge {
   }
 
   /** Blocks that `from` has and the overlay lacks. If `from` is no overlay, it has all. */
-  *#runsToTake(vid: number, idx: number, from: number): Generator<{ first: number; end: number }> {
+  *#runsToTake(vid: number, idx: number, from: number): Generator<Run> {
     const { overlays } = this.#host.layers;
     const blocks = overlays.blocks(vid);
     const below = overlays.baseOf(from, idx);
@@ -129,8 +140,8 @@ export class OverlayMerge {
       if (base === 0 || base === bottom) return DONE;
       if (!mayGoOn(vdi, key)) return WAITING;
       for (let from = base; from !== bottom; from = overlays.baseOf(from, idx)) {
-        const [run] = this.#runsToTake(vidOf(key), idx, from);
-        if (run !== undefined) return this.#take(key, run.first, run.end, vdi);
+        const runs = this.#runsOfStep(vidOf(key), idx, from, vdi);
+        if (runs.length > 0) return this.#take(key, runs, vdi);
       }
       return this.#rebase(key, bottom, vdi, false);
     });
@@ -143,35 +154,53 @@ export class OverlayMerge {
     const idx = idxOf(key);
     const base = overlays.baseOf(vid, idx);
     const blocks = overlays.blocks(vid);
-    const first = overlays.next(vid, idx, 0, blocks, true);
-    if (first === blocks) return vdi === undefined || vdi.collapse(idx) ? DONE : WAITING;
-    const end = overlays.next(vid, idx, first, Math.min(blocks, first + stepBlocks(vdi)), false);
-    const data = Buffer.allocUnsafe((end - first) * OVERLAY_BLOCK);
-    await objects.read(vid, idx, first * OVERLAY_BLOCK, data, MERGES);
-    // Nobody sees these blocks of the object below, and so nothing is said about them before they are there.
-    const wrote = await this.#writeBelow(base, idx, first, end, data, vdi);
+    const runs: Run[] = [];
+    let left = stepBlocks(vdi);
+    for (let at = 0; left > 0;) {
+      const first = overlays.next(vid, idx, at, blocks, true);
+      if (first === blocks) break;
+      const end = overlays.next(vid, idx, first, Math.min(blocks, first + left), false);
+      runs.push({ first, end });
+      left -= end - first;
+      at = end;
+    }
+    if (runs.length === 0) return vdi === undefined || vdi.collapse(idx) ? DONE : WAITING;
+    let wrote = 0;
+    for (const { first, end } of runs) {
+      const data = Buffer.allocUnsafe((end - first) * OVERLAY_BLOCK);
+      await objects.read(vid, idx, first * OVERLAY_BLOCK, data, MERGES);
+      // Nobody sees these blocks of the object below, and so nothing is said about them before they are there.
+      wrote = await this.#writeBelow(base, idx, first, data, vdi);
+    }
     if (!mayGoOn(vdi, key)) return WAITING;
+    const isOverlay = overlays.baseOf(base, idx) !== 0;
     if (vdi === undefined) {
       await objects.sync(wrote, MERGES);
-      if (overlays.baseOf(base, idx) !== 0) {
-        overlays.put(base, idx, first, end, true);
+      if (isOverlay) {
+        for (const { first, end } of runs) overlays.put(base, idx, first, end, true);
         await this.#store(localObjectKey(base, idx));
       }
-      overlays.put(vid, idx, first, end, false);
+      for (const { first, end } of runs) overlays.put(vid, idx, first, end, false);
       await this.#store(key);
-    } else {
-      vdi.notes.wrote(wrote);
-      if (overlays.baseOf(base, idx) !== 0) {
-        const below = localObjectKey(base, idx);
-        vdi.notes.willChange(below);
-        overlays.put(base, idx, first, end, true);
-        void vdi.notes.changed(below, first, end, true);
-      }
-      vdi.notes.willChange(key);
-      overlays.put(vid, idx, first, end, false);
-      await vdi.notes.changed(key, first, end, false);
+      return moved(runs);
     }
-    return { moved: data.length, outcome: 'going' };
+    vdi.notes.wrote(wrote);
+    if (isOverlay) void this.#note(vdi, localObjectKey(base, idx), runs, true);
+    const logged = this.#note(vdi, key, runs, false);
+    if (logged !== undefined) await logged;
+    return moved(runs);
+  }
+
+  /** From here on the overlay has these blocks, or has them not. */
+  #note(vdi: MergingVdi, key: number, runs: readonly Run[], has: boolean): Awaitable<void> {
+    vdi.notes.willChange(key);
+    let logged: Awaitable<void> = undefined;
+    for (const { first, end } of runs) {
+      this.#host.layers.overlays.put(vidOf(key), idxOf(key), first, end, has);
+      // Entries are logged in order.
+      logged = vdi.notes.changed(key, first, end, has);
+    }
+    return logged;
   }
 
   /** Returns the file that was written. */
@@ -179,7 +208,6 @@ export class OverlayMerge {
     base: number,
     idx: number,
     first: number,
-    end: number,
     data: Buffer,
     vdi: MergingVdi | undefined,
   ): Promise<number> {
@@ -189,7 +217,7 @@ export class OverlayMerge {
       await whole.write(base, idx, offset, data, vdi ?? MERGES);
       return localObjectKey(base, idx);
     }
-    const at = ((idx % SEGMENT_OBJECTS) * segments.lengthOf(base)) / SEGMENT_OBJECTS + offset;
+    const at = segmentOffset(segments, base, idx, offset);
     await segments.write(base, Math.floor(idx / SEGMENT_OBJECTS), at, data, vdi ?? MERGES);
     return segmentFile(segmentOf(localObjectKey(base, idx)));
   }
@@ -198,35 +226,48 @@ export class OverlayMerge {
     const { overlays } = this.#host.layers;
     const vid = vidOf(key);
     const base = overlays.baseOf(vid, idxOf(key));
-    const [run] = this.#runsToTake(vid, idxOf(key), base);
-    if (run !== undefined) return this.#take(key, run.first, run.end, vdi);
+    const runs = this.#runsOfStep(vid, idxOf(key), base, vdi);
+    if (runs.length > 0) return this.#take(key, runs, vdi);
     return this.#rebase(key, to, vdi, true);
   }
 
+  /** Blocks that `from` has and the overlay lacks, as many as one step takes. */
+  #runsOfStep(vid: number, idx: number, from: number, vdi: MergingVdi | undefined): Run[] {
+    const runs: Run[] = [];
+    let left = stepBlocks(vdi);
+    for (const { first, end } of this.#runsToTake(vid, idx, from)) {
+      runs.push({ first, end: Math.min(end, first + left) });
+      left -= end - first;
+      if (left <= 0) break;
+    }
+    return runs;
+  }
+
   /** Copy blocks from below into the overlay. */
-  async #take(key: number, first: number, to: number, vdi: MergingVdi | undefined): Promise<MergeStep> {
+  async #take(key: number, runs: readonly Run[], vdi: MergingVdi | undefined): Promise<MergeStep> {
     const { layers, objects } = this.#host;
     const { overlays, segments } = layers;
     const vid = vidOf(key);
     const idx = idxOf(key);
-    const end = Math.min(to, first + stepBlocks(vdi));
-    const data = Buffer.allocUnsafe((end - first) * OVERLAY_BLOCK);
-    await objects.read(overlays.baseOf(vid, idx), idx, first * OVERLAY_BLOCK, data, MERGES);
-    const at = ((idx % SEGMENT_OBJECTS) * segments.lengthOf(vid)) / SEGMENT_OBJECTS + first * OVERLAY_BLOCK;
-    await segments.write(vid, Math.floor(idx / SEGMENT_OBJECTS), at, data, vdi ?? MERGES);
+    const start = segmentOffset(segments, vid, idx, 0);
+    for (const { first, end } of runs) {
+      const data = Buffer.allocUnsafe((end - first) * OVERLAY_BLOCK);
+      await objects.read(overlays.baseOf(vid, idx), idx, first * OVERLAY_BLOCK, data, MERGES);
+      const at = start + first * OVERLAY_BLOCK;
+      await segments.write(vid, Math.floor(idx / SEGMENT_OBJECTS), at, data, vdi ?? MERGES);
+    }
     if (!mayGoOn(vdi, key)) return WAITING;
     const file = segmentFile(segmentOf(key));
     if (vdi === undefined) {
       await objects.sync(file, MERGES);
-      overlays.put(vid, idx, first, end, true);
+      for (const { first, end } of runs) overlays.put(vid, idx, first, end, true);
       await this.#store(key);
-    } else {
-      vdi.notes.wrote(file);
-      vdi.notes.willChange(key);
-      overlays.put(vid, idx, first, end, true);
-      await vdi.notes.changed(key, first, end, true);
+      return moved(runs);
     }
-    return { moved: data.length, outcome: 'going' };
+    vdi.notes.wrote(file);
+    const logged = this.#note(vdi, key, runs, true);
+    if (logged !== undefined) await logged;
+    return moved(runs);
   }
 
   /**

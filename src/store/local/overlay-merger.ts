@@ -28,6 +28,8 @@ const RETRY_MS = 10_000;
 
 export interface MergerHost extends MergeHost {
   readonly open: ReadonlyMap<number, LocalVdi>;
+  /** Then nothing is merged. */
+  readonly readOnlyBecause: string | undefined;
   /** How long a look waits for more to come. */
   readonly mergeDelayMs?: number | undefined;
   /** An event for the operator's log, not a warning. */
@@ -52,6 +54,8 @@ export class OverlayMerger implements Merging {
   #isPaused = false;
   #isClosed = false;
   #holds = 0;
+  /** Overlays whose last attempt has failed: that was logged. */
+  readonly #failed = new Set<number>();
   /** The VDI whose overlay a step is working on. */
   #current: { readonly vdi: LocalVdi | undefined; readonly done: Promise<unknown> } | undefined;
   #wake: (() => void) | undefined;
@@ -63,6 +67,7 @@ export class OverlayMerger implements Merging {
 
   /** References were given up, a VDI was opened, or a snapshot has ended: there may be something to merge. */
   look(): void {
+    if (this.#host.readOnlyBecause !== undefined) return;
     this.#isWanted = true;
     this.#later(this.#host.mergeDelayMs ?? LOOK_DELAY_MS);
   }
@@ -115,8 +120,12 @@ export class OverlayMerger implements Merging {
     let overlays = 0;
     let bytes = 0;
     let step = 0;
+    await this.#host.metadata.settled();
     for (const key of map === undefined ? this.#keys() : keysOf(map)) {
-      if (slice.isOver(++step)) await slice.next();
+      if (slice.isOver(++step)) {
+        await slice.next();
+        await this.#host.metadata.settled();
+      }
       const plan = this.#planOf(key);
       if (plan === undefined) continue;
       overlays++;
@@ -177,7 +186,7 @@ export class OverlayMerger implements Merging {
     let hasWaiting = false;
     for (const key of found) {
       if (this.#isStopped) break;
-      const bytes = await this.#mergeOne(key);
+      const bytes = await this.#mergeOrLog(key);
       if (bytes === undefined) hasWaiting = true;
       else if (bytes >= 0) {
         moved += bytes;
@@ -188,8 +197,21 @@ export class OverlayMerger implements Merging {
     return hasWaiting;
   }
 
+  /** What cannot be merged, because it is damaged or the disk is full, does not keep others from it. It is tried again later. */
+  async #mergeOrLog(key: number): Promise<number | undefined> {
+    try {
+      const bytes = await this.#mergeOne(key);
+      this.#failed.delete(key);
+      return bytes;
+    } catch (error) {
+      if (!this.#failed.has(key)) this.#host.backgroundError(error);
+      this.#failed.add(key);
+      return undefined;
+    }
+  }
+
   get #isStopped(): boolean {
-    return this.#isClosed || this.#isPaused || this.#holds > 0;
+    return this.#isClosed || this.#isPaused || this.#holds > 0 || this.#host.readOnlyBecause !== undefined;
   }
 
   #isWork(key: number, base: number): boolean {
@@ -230,17 +252,12 @@ export class OverlayMerger implements Merging {
     if (this.#planOf(key) !== undefined) return { key, vdi: this.#vdiOf(key), bottom: undefined };
     const vid = vidOf(key);
     const idx = idxOf(key);
-    const layers: number[] = [];
-    for (let at = vid, base = overlays.baseOf(at, idx); base !== 0; base = overlays.baseOf(at, idx)) {
-      layers.push(at);
-      if (base === at) break;
-      at = base;
-    }
-    if (layers.length <= MANY_LAYERS) return undefined;
+    const depth = overlays.depthOf(vid, idx);
+    if (depth <= MANY_LAYERS) return undefined;
     // The older ones, so that what has changed between the latest snapshots stays exact.
-    const upper = layers.at(-FLAT_LAYERS) as number;
-    const lowest = layers.at(-1) as number;
-    const bottom = overlays.baseOf(lowest, idx);
+    const layers = overlays.layersOf(vid, idx);
+    const upper = layers[depth - FLAT_LAYERS] as number;
+    const bottom = layers.at(-1) as number;
     const upperKey = localObjectKey(upper, idx);
     return { key: upperKey, vdi: this.#vdiOf(upperKey), bottom };
   }
@@ -254,6 +271,8 @@ export class OverlayMerger implements Merging {
   }
 
   async #rest(took: number, moved: number, utilization: number): Promise<void> {
+    // Tests that decide when merges happen do not wait for them.
+    if (this.#host.mergeDelayMs !== undefined) return new Promise((resolve) => void setImmediate(resolve));
     const share = utilization > BUSY_LOOP ? BUSY_SHARE : QUIET_SHARE;
     const pause = Math.max((moved / MERGE_RATE) * 1000 - took, took * (share - 1), 0);
     if (this.#isClosed) return;

@@ -6,6 +6,7 @@ import type { Awaitable } from '../vdi-record.js';
 import type { OverlayChanges } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Overlays } from './overlays.js';
+import { isPlanted } from './planted-faults.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import type { UnflushedChanges } from './unflushed-changes.js';
 
@@ -55,6 +56,7 @@ export class OverlayNotes implements OverlayChanges {
   }
 
   wrote(file: number): void {
+    if (isPlanted('flush skips new objects') && this.#changes.inFlight !== undefined) return;
     this.#changes.objects.add(file);
   }
 

@@ -13,6 +13,8 @@ export class OverlayRemoval {
   readonly #overlays: Overlays;
   readonly #onError: (error: unknown) => void;
   #gone = new Set<number>();
+  /** Their records are being removed, or could not be removed. */
+  readonly #left = new Set<number>();
   #storing: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
 
@@ -26,6 +28,11 @@ export class OverlayRemoval {
     this.#gone.add(key);
     if (this.#gone.size >= OVERLAYS_PER_TRANSACTION) this.#begin();
     else this.#timer ??= setTimeout(() => this.#begin(), DELAY_MS).unref();
+  }
+
+  /** Whether the record of an overlay that is gone may still be stored. */
+  isStored(key: number): boolean {
+    return this.#gone.has(key) || (this.#left.size > 0 && this.#left.has(key));
   }
 
   /** Resolves when the records of all that is gone are removed. After a failure they are left to the next start. */
@@ -46,11 +53,17 @@ export class OverlayRemoval {
   }
 
   async #store(): Promise<void> {
-    // An overlay of the same name may have been made meanwhile.
-    const gone = [...this.#gone].filter((key) => this.#overlays.baseOf(vidOf(key), idxOf(key)) === 0);
+    for (const key of this.#gone) this.#left.add(key);
     this.#gone = new Set();
+    const keys = [...this.#left];
     try {
-      await this.#metadata.storeOverlays(gone, (key) => this.#overlays.stored(key));
+      for (let from = 0; from < keys.length; from += OVERLAYS_PER_TRANSACTION) {
+        // An object of the same name may have been made meanwhile: its VDI stores what it is.
+        const part = keys.slice(from, from + OVERLAYS_PER_TRANSACTION);
+        const gone = part.filter((key) => this.#overlays.baseOf(vidOf(key), idxOf(key)) === 0);
+        if (gone.length > 0) await this.#metadata.commit({ overlays: new Map(gone.map((key) => [key, undefined])) });
+        for (const key of part) this.#left.delete(key);
+      }
     } catch (error) {
       this.#onError(error);
     }

@@ -6,7 +6,7 @@
  */
 import type { Awaitable } from '../vdi-record.js';
 import type { DataObjects, OverlayChanges } from './data-objects.js';
-import { segmentFile, type Layers } from './layers.js';
+import { segmentFile, segmentOffset, type Layers } from './layers.js';
 import { MAX_LOOP_WRITE } from './object-files.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
 import { SEGMENT_OBJECTS } from './overlays.js';
@@ -381,7 +381,7 @@ export class OverlayWrites {
       } else if (overlays.baseOf(vid, idx) === 0) {
         const base = this.#visible(below, idx);
         const isDeep = overlays.depthOf(base, idx) >= MAX_LAYERS;
-        const over = isDeep ? this.#bottom(base, idx) : base;
+        const over = isDeep ? (overlays.layersOf(base, idx).at(-1) as number) : base;
         overlays.add(vid, idx, over, size);
         references.add(over, idx);
         this.#empty.delete(segmentOf(key));
@@ -399,15 +399,6 @@ export class OverlayWrites {
     if (overlays.baseOf(vid, idx) === 0) overlays.add(vid, idx, vid, size);
     this.#empty.delete(segmentOf(localObjectKey(vid, idx)));
     await segments.zero(vid, idx >>> 8, this.#at(vid, idx, 0), size, false, who);
-  }
-
-  #bottom(base: number, idx: number): number {
-    const { overlays } = this.#layers;
-    for (let at = base; ;) {
-      const below = overlays.baseOf(at, idx);
-      if (below === 0 || below === at) return at;
-      at = below;
-    }
   }
 
   /** Copy all blocks that the overlays from `base` down to above `bottom` have. */
@@ -461,7 +452,7 @@ export class OverlayWrites {
   }
 
   #at(vid: number, idx: number, offset: number): number {
-    return ((idx % SEGMENT_OBJECTS) * this.#layers.segments.lengthOf(vid)) / SEGMENT_OBJECTS + offset;
+    return segmentOffset(this.#layers.segments, vid, idx, offset);
   }
 }
 

@@ -87,7 +87,7 @@ export class Overlays {
     return this.#vids.get(vid)?.live[segment] ?? 0;
   }
 
-  /** Layers below and with this object, as far as they are overlays. */
+  /** How many of the object and those below it are overlays. */
   depthOf(vid: number, idx: number): number {
     let depth = 0;
     for (let at = vid, base = this.baseOf(vid, idx); base !== 0; base = this.baseOf(at, idx)) {
@@ -96,6 +96,14 @@ export class Overlays {
       at = base;
     }
     return depth;
+  }
+
+  /** The vids of the object and of those below it, from the top. The last one has all of its content itself. */
+  layersOf(vid: number, idx: number): number[] {
+    const layers = [vid];
+    for (let at = vid, base = this.baseOf(at, idx); base !== 0 && base !== at; base = this.baseOf(at, idx))
+      layers.push((at = base));
+    return layers;
   }
 
   /**

@@ -5,7 +5,7 @@
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
 import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT, type VdiRecord } from '../vdi-record.js';
-import { HEADER_BYTES, field } from './map-log-format.js';
+import { field, HEADER_BYTES, MADE_WHOLE, OWNER } from './map-log-format.js';
 import { MapLogs } from './map-logs.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { Replay, type ReplayedVdi } from './rescue-replay.js';
@@ -237,7 +237,8 @@ class Planner {
           replay.removed.has(vid) ? Number.MAX_SAFE_INTEGER : (state?.flushed.get(vid) ?? 0),
       };
       const { changes, doubtful } = new MapLogs(this.#disk, this.#directory, () => undefined).read(session, stored);
-      for (const { vid, idx, owner } of changes) {
+      for (const { vid, idx, kind, value: owner } of changes) {
+        if (kind !== OWNER && kind !== MADE_WHOLE) continue;
         const vdi = replay.vdis.get(vid);
         if (!vdi || idx >= vdi.map.length) continue;
         vdi.map[idx] = owner;

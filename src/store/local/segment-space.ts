@@ -10,7 +10,7 @@ import { SEGMENT_OBJECTS, type Overlays } from './overlays.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 
 /** Objects are given up one after the other: a file whose last overlay goes soon need not be punched before. */
-const DELAY_MS = 20;
+const DELAY_MS = 500;
 
 /** The key of the segment file that has the overlay (localObjectKey of the vid and the number of the segment). */
 export function segmentOf(key: number): number {
@@ -28,8 +28,8 @@ export class SegmentSpace {
   #working: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
   #onError: (error: unknown) => void = () => undefined;
-  /** Punched since the last `settle`: these holes are not durable. */
-  readonly changed = new Set<number>();
+  /** Segments with holes that are not durable. */
+  readonly #punched = new Set<number>();
 
   constructor(segments: ObjectFiles, overlays: Overlays, turns: KeyTurns) {
     this.#segments = segments;
@@ -63,6 +63,14 @@ export class SegmentSpace {
     while (this.#waiting.size > 0 || this.#working !== undefined) {
       if (this.#working === undefined) this.#begin();
       await this.#working;
+    }
+  }
+
+  /** Make durable what was given back, so that it cannot be there again after a power loss. Errors: IO. */
+  async sync(): Promise<void> {
+    for (const segment of [...this.#punched]) {
+      this.#punched.delete(segment);
+      if (this.#overlays.inSegment(vidOf(segment), idxOf(segment)) > 0) await this.#segments.sync(segment, SPACE);
     }
   }
 
@@ -109,7 +117,7 @@ export class SegmentSpace {
     const segment = segmentOf(key);
     const size = this.#segments.lengthOf(vid) / SEGMENT_OBJECTS;
     await this.#segments.zero(vid, idxOf(segment), (idxOf(key) % SEGMENT_OBJECTS) * size, size, false, SPACE);
-    this.changed.add(segment);
+    this.#punched.add(segment);
   }
 }
 

@@ -2,7 +2,9 @@
  * `check` of a local store: compares maps with objects, and finds leftovers and wrong owners. Repairs only without loss: it
  * removes unreferenced objects and pages.
  */
+import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
+import { syncDirectory } from '../../system/durable-names.js';
 import type { CheckReport } from '../object-store.js';
 import { StoreError } from '../store-error.js';
 import type { DataObjects, FoundObject } from './data-objects.js';
@@ -69,7 +71,8 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     orphanBytes += found.bytes;
     orphans.push(found);
   }
-  const leftovers: number[] = [];
+  /** Keys of objects with data in a segment file that is not theirs, with that file. */
+  const leftovers = new Map<number, string>();
   for await (const found of objects.scanSegments()) {
     owners.note(found.name, found.uid);
     if (!found.isUsed) {
@@ -80,7 +83,7 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     const keys = overlays.get(found.key) ?? [];
     overlays.delete(found.key);
     if (found.damage !== undefined) for (const key of keys) damaged.set(key, found.damage);
-    leftovers.push(...found.leftovers);
+    for (const key of found.leftovers) leftovers.set(key, found.name);
     count += keys.length;
   }
   for (const keys of overlays.values()) for (const key of keys) missing.add(key);
@@ -103,8 +106,7 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
   for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
   for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);
-  for (const key of leftovers)
-    report(`orphan: data of object ${idxOf(key)} in ${objects.nameOf(key)}: no VDI refers to it`);
+  for (const [key, name] of leftovers) report(`orphan: data of object ${idxOf(key)} in ${name}: no VDI refers to it`);
   if (hidden > 0) problems.push(`... and ${hidden} more`);
   let repaired = 0;
   if (options.repair) {
@@ -114,12 +116,14 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     // Objects that a start has kept are removed only after a report of them, so that the operator can look first.
     const removable = orphans.filter(({ key }) => !isUntold || !keptVids.has(vidOf(key)));
     for (const found of removable) await objects.removeFound(found);
-    const removableData = leftovers.filter((key) => !isUntold || !keptVids.has(vidOf(key)));
+    const removableData = [...leftovers.keys()].filter((key) => !isUntold || !keptVids.has(vidOf(key)));
     objects.freeLeftovers(removableData, store.backgroundError.bind(store));
     await store.reclaimed();
     repaired = removable.length + removableData.length + strays.length;
     if (!isUntold) {
       for (const name of aside) await store.disk.unlink(name);
+      // A log that is back after a power loss would make the next start keep unreferenced objects again.
+      for (const directory of new Set(aside.map((name) => path.dirname(name)))) syncDirectory(store.disk, directory);
       if (kept) await metadata.keep(undefined);
       store.keptVids = new Set();
       repaired += aside.length;
@@ -129,7 +133,7 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     objects: count,
     vdis: records.length,
     problems,
-    orphans: orphans.length + leftovers.length,
+    orphans: orphans.length + leftovers.size,
     orphanBytes,
     repaired,
   };

@@ -28,6 +28,7 @@ const MADE_BY_CREATION: Readonly<Record<string, (disk: HostDisk, file: string, s
   objects: (disk, file, status) =>
     status.isDirectory() && readNames(disk, file).every((name) => isOfObjects(disk, file, name)),
   recent: (disk, file, status) => status.isDirectory() && isEmptyFolder(disk, file),
+  overlays: (disk, file, status) => status.isDirectory() && isEmptyFolder(disk, file),
   [NEW_META_FILE]: (_disk, _file, status) => status.isFile(),
   [META_FILE]: (_disk, _file, status) => status.isFile() && status.size === 0,
   [`${META_FILE}-lock`]: (_disk, _file, status) => status.isFile(),
@@ -38,6 +39,7 @@ const MADE_BY_CREATION: Readonly<Record<string, (disk: HostDisk, file: string, s
     ]),
   ),
 };
+const FOLDERS = new Set(['objects', 'recent', 'overlays']);
 /** ObjectFiles.open creates empty folders and, for a moment, a scratch file of two pages. */
 const MAX_SCRATCH_BYTES = 8192;
 /** All names in a store. A directory with objects and only these names is a damaged store: no new one is created over it. */
@@ -87,6 +89,7 @@ function hasObjects(disk: HostDisk, directory: string): boolean {
   const isObject = (name: string): boolean => /^[0-9a-f]{16}$/.test(name);
   const folders = readNames(disk, objects).filter((name) => /^[0-9a-f]{2}$/.test(name));
   if (folders.some((name) => readNames(disk, path.join(objects, name)).some(isObject))) return true;
+  if (readNames(disk, path.join(directory, 'overlays')).some(isObject)) return true;
   return readNames(disk, path.join(directory, 'recent')).some((name) => /^\d+$/.test(name));
 }
 
@@ -135,7 +138,7 @@ export function removeCreation(disk: HostDisk, directory: string, hasMade: boole
         removeIfThereSync(disk, path.join(file, SCRATCH));
         for (const each of readNames(disk, file)) disk.rmdirSync(path.join(file, each));
       }
-      if (name === 'objects' || name === 'recent') disk.rmdirSync(file);
+      if (FOLDERS.has(name)) disk.rmdirSync(file);
       else disk.unlinkSync(file);
     }
     if (hasMade) disk.rmdirSync(directory);

@@ -50,7 +50,12 @@ export function lockDirectory(
   { role = 'command', mayCreate = true }: { readonly role?: HolderRole; readonly mayCreate?: boolean },
 ): Found {
   if (directoryState(disk, location) !== 'store') {
-    if (!mayCreate) throw noStore(disk, location, role);
+    if (!mayCreate) {
+      const error = noStore(disk, location, role);
+      // Another process may have completed one while we looked.
+      if (directoryState(disk, location) !== 'store') throw error;
+      return lockDirectory(disk, location, { role, mayCreate });
+    }
     const hasMadeDirectory = makeDirectory(disk, location, 0o700);
     const lock = StoreLock.take(disk, location, role);
     try {
