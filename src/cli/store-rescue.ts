@@ -107,7 +107,7 @@ function linesOf(plan: Plan, dir: string): string[] {
         'or written and not flushed',
     );
   for (const note of plan.notes) lines.push(`note: ${note}`);
-  lines.push(`needs ${formatSize(plan.bytes)} in the new place, for ${plan.objects.size} objects`);
+  lines.push(`needs ${formatSize(plan.bytes)} in the new place, for ${plan.objects.size + plan.overlays.length} objects`);
   lines.push(plan.isCertain ? 'everything is certain' : 'not everything is certain');
   return lines;
 }
@@ -118,6 +118,7 @@ function linesOfVdi(vdi: Vdi): string[] {
   const lines = [`${isCertain ? 'certain' : 'likely'}  ${labelOfVdi(record)} (${formatSize(record.size)})${why}`];
   const kinds: readonly [string, Ranges][] = [
     ['by their names', vdi.newer],
+    ['being merged: may be older', vdi.merged],
     ['zeros: trimmed or lost', vdi.gone],
     ['lost: reads fail', vdi.lost],
   ];
@@ -129,7 +130,7 @@ function linesOfVdi(vdi: Vdi): string[] {
 }
 
 function planJson(plan: Plan, to: string | undefined, built: Rescued['built']): object {
-  const vdiJson = ({ record, isCertain, reasons, newer, gone, lost }: Vdi): object => ({
+  const vdiJson = ({ record, isCertain, reasons, newer, merged, gone, lost }: Vdi): object => ({
     name: record.name,
     tag: record.isSnapshot ? record.tag : null,
     vid: record.vid,
@@ -138,6 +139,7 @@ function planJson(plan: Plan, to: string | undefined, built: Rescued['built']): 
     isCertain,
     reasons,
     newer,
+    merged,
     gone,
     lost,
   });
@@ -153,7 +155,7 @@ function planJson(plan: Plan, to: string | undefined, built: Rescued['built']): 
     lost: plan.lost.map(vdiJson),
     leftOut: plan.leftOut,
     notes: plan.notes,
-    objects: plan.objects.size,
+    objects: plan.objects.size + plan.overlays.length,
     bytes: plan.bytes,
     unreadable: built?.unreadable ?? [],
     isCertain: plan.isCertain && (built?.unreadable ?? []).length === 0,

@@ -10,6 +10,8 @@ import type { VdiRecord } from '../vdi-record.js';
  * put: the record of a new or changed VDI or snapshot. The map of a new one begins as its parent's.
  * removed: these vids have no record any more.
  * map: the map of this vid has changed since the last copy.
+ * overlays: the records of overlays of this vid have changed since the last copy. The vid may have no record itself.
+ * merged: overlays of this vid may have given blocks to the objects below since the last copy.
  * names, for: new objects of the working VDI `for` get the vid `names` from here on.
  * gap: changes were not recorded.
  */
@@ -17,6 +19,8 @@ export type RecordedChange =
   | { readonly put: VdiRecord }
   | { readonly removed: readonly number[] }
   | { readonly map: number }
+  | { readonly overlays: number }
+  | { readonly merged: number }
   | { readonly names: number; readonly for: number }
   | { readonly gap: string };
 

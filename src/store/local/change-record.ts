@@ -4,7 +4,7 @@
  * change cannot be recorded: the record then says that it is not complete, until the next copy.
  */
 import path from 'node:path';
-import { O_CREAT, O_EXCL, O_RDONLY, O_WRONLY, type HostDisk } from '../../system/disk.js';
+import { O_CREAT, O_EXCL, O_WRONLY, type HostDisk } from '../../system/disk.js';
 import { syncDirectory } from '../../system/durable-names.js';
 import { makeDirectory } from '../../system/make-directory.js';
 import { writeFully } from '../../system/whole-io.js';
@@ -16,6 +16,7 @@ import {
   type ChangesHeader,
   type RecordedChange,
 } from './change-format.js';
+import { openPlainFile } from './plain-file.js';
 
 /** A file of the record, by its name. */
 export interface ChangesFile {
@@ -40,7 +41,7 @@ export function changesFiles(names: readonly string[]): ChangesFile[] {
 
 /** All of a file, at most MAX_CHANGES_BYTES. Errors: those of the disk. */
 export function readChanges(disk: HostDisk, file: string): ReturnType<typeof parseChanges> {
-  const fd = disk.openSync(file, O_RDONLY);
+  const fd = openPlainFile(disk, file);
   try {
     const bytes = Buffer.alloc(Math.min(disk.fstatSync(fd).size, MAX_CHANGES_BYTES));
     let length = 0;
@@ -124,6 +125,11 @@ export class ChangeRecord {
     const durable = new Promise<void>((done) => this.#queue.push({ lines, done }));
     this.#writing ??= this.#writeQueued(first).finally(() => (this.#writing = undefined));
     return { last: this.#last, durable };
+  }
+
+  /** Resolves when everything appended so far is written, or could not be; undefined if nothing is being written. */
+  get writing(): Promise<void> | undefined {
+    return this.#writing;
   }
 
   /** A copy begins: later changes go into a file of their own, so that older files can be removed with older copies. */

@@ -5,7 +5,7 @@
  */
 import path from 'node:path';
 import timers from 'node:timers/promises';
-import { O_CREAT, O_EXCL, O_RDONLY, O_RDWR, removeIfThereSync, type HostDisk } from '../../system/disk.js';
+import { O_CREAT, O_EXCL, O_RDWR, removeIfThereSync, type HostDisk } from '../../system/disk.js';
 import { syncDirectory } from '../../system/durable-names.js';
 import { makeDirectory } from '../../system/make-directory.js';
 import { StoreError } from '../store-error.js';
@@ -14,6 +14,8 @@ import { ChangeRecord, changesFiles } from './change-record.js';
 import { databasesOf } from './lmdb-pages.js';
 import type { ChangeNoter, Metadata, MetadataChange, Noted } from './metadata.js';
 import { COPY_HEADER_BYTES, copyProblem, CopyWriter, parseHeader, type CopyHeader } from './metadata-copy-format.js';
+import { openPlainFile } from './plain-file.js';
+import { vidOf } from './reference-counts.js';
 import { rescueOf } from './rescue-advice.js';
 
 /** The folder of copies in a store. */
@@ -24,6 +26,8 @@ const NEW_COPY = 'new';
 const GENERATIONS = 2;
 /** Of a copy: entries that are no entries of meta.mdb, but say which working VDI made objects under a vid without a record. */
 export const CREATION_VIDS = '+names';
+/** The same, for vids whose overlays have given blocks to the objects below. */
+export const MERGED_VIDS = '+merged';
 /** Creation vids in a copy at most: each was given by a temporary snapshot of this session. */
 const MAX_CREATION_VIDS = 4096;
 /** A change is in a copy after this time, if the last copy is old enough. */
@@ -80,7 +84,7 @@ export function copyFiles(names: readonly string[]): CopyFile[] {
 
 /** Undefined if it is damaged. Errors: those of the disk. */
 export function headerOf(disk: HostDisk, file: string): CopyHeader | undefined {
-  const fd = disk.openSync(file, O_RDONLY);
+  const fd = openPlainFile(disk, file);
   try {
     const bytes = Buffer.alloc(COPY_HEADER_BYTES);
     disk.readSync(fd, bytes, 0);
@@ -124,6 +128,10 @@ export function mustBeOfCopies(disk: HostDisk, location: string, metadata: Metad
   );
 }
 
+/** Lines of the record that are written once for each vid and copy. */
+const SAID = ['map', 'overlays', 'merged'] as const;
+type Said = (typeof SAID)[number];
+
 /** The disk has no room to spare for a copy, or the store is being closed. */
 class GivesWay extends Error {}
 
@@ -137,8 +145,14 @@ export class MetadataCopies implements ChangeNoter {
   /** The newest copy that is whole, as far as is known. */
   #newest: CopyHeader | undefined;
   #lastNumber = 0;
-  /** vid -> number of the change that says that its map differs from the copies. */
-  readonly #changedMaps = new Map<number, number>();
+  /** What the record has said since the newest copy, and need not say again: vid -> number of the change. */
+  readonly #said: Readonly<Record<Said, Map<number, number>>> = {
+    map: new Map(),
+    overlays: new Map(),
+    merged: new Map(),
+  };
+  /** Vids whose overlays have given blocks to the objects below in this session. */
+  readonly #merging = new Set<number>();
   /** Vids of records that were recorded and could not be stored: a snapshot that failed is stored later, with another map. */
   readonly #corrected = new Set<number>();
   /** First numbers of changes that are not stored yet. */
@@ -199,17 +213,17 @@ export class MetadataCopies implements ChangeNoter {
     const puts = change.records ?? [];
     const added = new Set(puts.map(({ vid }) => vid));
     const removed = (change.removed ?? []).filter((vid) => !added.has(vid) && metadata.record(vid) !== undefined);
-    const maps = new Set((change.pages ?? []).map(({ vid }) => vid));
-    // A commit of the same moment may have said it already, and its line may not be durable yet: that is rare, and it is said again.
-    const changedMaps = [...maps].filter((vid) => !this.#changedMaps.has(vid));
+    const news = this.#news(change);
     // Stored under this vid at last, with what it has become since.
-    for (const vid of added) if (this.#corrected.delete(vid) && !changedMaps.includes(vid)) changedMaps.push(vid);
+    for (const vid of added) if (this.#corrected.delete(vid)) news.map.add(vid);
     const changes: RecordedChange[] = [
       ...puts.map((record) => ({ put: record })),
-      ...changedMaps.map((vid) => ({ map: vid })),
+      ...Array.from(news.map, (vid) => ({ map: vid })),
+      ...Array.from(news.overlays, (vid) => ({ overlays: vid })),
+      ...Array.from(news.merged, (vid) => ({ merged: vid })),
       ...(removed.length > 0 ? [{ removed }] : []),
     ];
-    if (changes.length === 0) return undefined;
+    if (changes.length === 0) return this.#notedBefore();
     const { last, durable } = this.#record.append(changes);
     const first = last - changes.length + 1;
     this.#unstored.add(first);
@@ -219,13 +233,42 @@ export class MetadataCopies implements ChangeNoter {
         this.#unstored.delete(first);
         await durable;
         const isCopied = this.#newest !== undefined && last <= this.#newest.change;
-        if (!this.#record.isBroken && !isCopied) for (const vid of changedMaps) this.#changedMaps.set(vid, last);
+        if (this.#record.isBroken || isCopied) return;
+        for (const kind of SAID) for (const vid of news[kind]) this.#said[kind].set(vid, last);
       },
       failed: () => {
         this.#unstored.delete(first);
         this.#correct([...added, ...removed]);
       },
     };
+  }
+
+  /** Nothing new is recorded; the lines on which the change depends, under which vid new objects are made for one, may be on their way. */
+  #notedBefore(): Noted | undefined {
+    const { writing } = this.#record;
+    return writing && { stored: () => writing, failed: () => undefined };
+  }
+
+  /**
+   * The vids of a change that the record has not told since the newest copy. A commit of the same moment may have told one, and its
+   * line may not be durable yet: that is rare, and it is told again.
+   */
+  #news({ pages = [], overlays }: MetadataChange): Record<Said, Set<number>> {
+    const news = { map: new Set<number>(), overlays: new Set<number>(), merged: new Set<number>() };
+    const note = (kind: Said, vid: number): void => {
+      if (!this.#said[kind].has(vid)) news[kind].add(vid);
+    };
+    for (const { vid } of pages) note('map', vid);
+    for (const key of overlays?.keys() ?? []) {
+      const vid = vidOf(key);
+      note('overlays', vid);
+      if (this.#merging.has(vid)) note('merged', vid);
+    }
+    return news;
+  }
+
+  merges(vid: number): void {
+    this.#merging.add(vid);
   }
 
   /** What was recorded was not stored: the record gets what is. */
@@ -282,7 +325,9 @@ export class MetadataCopies implements ChangeNoter {
     this.#mustGiveWay = false;
     try {
       this.#newest = await this.#writeCopy(isUrgent);
-      for (const [vid, number] of this.#changedMaps) if (number <= this.#newest.change) this.#changedMaps.delete(vid);
+      const { change } = this.#newest;
+      for (const said of Object.values(this.#said))
+        for (const [vid, number] of said) if (number <= change) said.delete(vid);
       this.#failures = 0;
       this.#hasWarned = false;
       this.#lastTookMs = performance.now() - startedAt;
@@ -362,6 +407,7 @@ export class MetadataCopies implements ChangeNoter {
     writer.use(CREATION_VIDS);
     for (const [vid, of] of [...this.#creationVids].slice(-MAX_CREATION_VIDS))
       await writer.add(CREATION_VIDS, Buffer.from(String(vid)), Buffer.from(String(of)));
+    for (const vid of this.#merging) await writer.add(MERGED_VIDS, Buffer.from(String(vid)), Buffer.alloc(0));
   }
 
   /** Errors: GivesWay. */
@@ -457,7 +503,7 @@ export class MetadataCopies implements ChangeNoter {
   async #problemOf(file: string): Promise<string | undefined> {
     const { disk } = this.#store;
     try {
-      const fd = await disk.open(file, O_RDONLY);
+      const fd = openPlainFile(disk, file);
       try {
         return await copyProblem(disk, fd);
       } finally {

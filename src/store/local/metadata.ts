@@ -73,6 +73,8 @@ export interface OpenMetadata {
 /** Is told what `commit` is about to store, for the change record; `note` never fails. */
 export interface ChangeNoter {
   note(change: MetadataChange): Noted | undefined;
+  /** From here on changes of the overlays of this vid may mean that they have given blocks to the objects below. */
+  merges(vid: number): void;
 }
 
 export interface Noted {

@@ -11,7 +11,7 @@ import { TimeSlice } from './time-slice.js';
 
 export interface StoreWithOverlays {
   readonly metadata: Metadata;
-  readonly objects: DataObjects;
+  readonly objects: Pick<DataObjects, 'expectLength'>;
   readonly overlays: Overlays;
   readonly references: ReferenceCounts;
 }
@@ -29,7 +29,7 @@ export function loadBases({ metadata, objects, overlays }: StoreWithOverlays): v
  * Counts what overlays refer to, after the references of all maps were counted. Returns the keys of overlays to which nothing
  * refers: a crash has left their records.
  */
-export function countBases({ objects, overlays, references }: StoreWithOverlays): number[] {
+export function countBases({ objects, overlays, references }: Omit<StoreWithOverlays, 'metadata'>): number[] {
   let last = 0;
   /** Overlays that only other overlays refer to, and that are counted already. */
   const counted = new Set<number>();

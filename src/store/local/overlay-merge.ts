@@ -173,6 +173,7 @@ export class OverlayMerge {
       wrote = await this.#writeBelow(base, idx, first, data, vdi);
     }
     if (!mayGoOn(vdi, key)) return WAITING;
+    this.#host.metadata.noter?.merges(vid);
     const isOverlay = overlays.baseOf(base, idx) !== 0;
     if (vdi === undefined) {
       await objects.sync(wrote, MERGES);

@@ -3,31 +3,32 @@
  * compares the result with the objects that are there. Owns the words certain and likely. Changes nothing.
  */
 import path from 'node:path';
-import type { HostDisk } from '../../system/disk.js';
-import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT, type VdiRecord } from '../vdi-record.js';
-import { field, HEADER_BYTES, MADE_WHOLE, OWNER } from './map-log-format.js';
+import { O_RDONLY, type HostDisk } from '../../system/disk.js';
+import type { VdiRecord } from '../vdi-record.js';
+import type { NumberedChange, RecordedChange } from './change-format.js';
+import { field, HEADER_BYTES, OVERLAID } from './map-log-format.js';
 import { MapLogs } from './map-logs.js';
+import { blocksOf, type OverlayWrite } from './overlay-records.js';
 import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
+import { DiskRanges, type DiskRange } from './rescue-ranges.js';
+import { knownBlocks, RescuedOverlays, type OverlayNews } from './rescue-overlays.js';
 import { Replay, type ReplayedVdi } from './rescue-replay.js';
+import { SegmentData } from './rescue-segments.js';
 import {
   isRecord,
   readChangesAbove,
   readMetadata,
   readNewestCopy,
   readObjects,
+  readSegments,
   type FoundChanges,
   type FoundCopy,
+  type FoundFiles,
   type FoundMetadata,
   type MetadataState,
   type ObjectFile,
 } from './rescue-sources.js';
-import { O_RDONLY } from '../../system/disk.js';
-
-/** Bytes [from, to) of a disk. */
-export interface DiskRange {
-  readonly from: number;
-  readonly to: number;
-}
+import { RestoredVdi } from './restored-vdi.js';
 
 /** A VDI or snapshot that can be rescued. */
 export interface RescuedVdi {
@@ -37,8 +38,10 @@ export interface RescuedVdi {
   readonly isCertain: boolean;
   /** Why it is not certain, for people. */
   readonly reasons: readonly string[];
-  /** Objects that were taken by their name, and may be newer or older than the rest. */
+  /** Objects that were taken by their name, and blocks that overlays have since, by what is in their files. */
   readonly newer: readonly DiskRange[];
+  /** Blocks of overlays that were being merged: they may have older content. */
+  readonly merged: readonly DiskRange[];
   /** Objects that are gone since the map was copied: trimmed, or lost. They read as zeros. */
   readonly gone: readonly DiskRange[];
   /** Objects that the map has and that are not there, or not whole: reads fail, and 'check' lists them. */
@@ -66,10 +69,21 @@ export interface RescuePlan {
   /** For people: what could not be read, and what that means. */
   readonly notes: readonly string[];
   readonly isCertain: boolean;
-  /** Objects to copy, by key. */
+  /** Object files to copy, by key. */
   readonly objects: ReadonlyMap<number, ObjectFile>;
+  /** Overlays to copy and to store. */
+  readonly overlays: readonly RescuedOverlay[];
+  /** That the copy takes. */
   readonly bytes: number;
   readonly pathOf: (key: number) => string;
+  /** Of a segment (segmentOf). */
+  readonly segmentPathOf: (segment: number) => string;
+}
+
+/** An overlay of the new store. */
+export interface RescuedOverlay {
+  readonly key: number;
+  readonly overlay: OverlayWrite;
 }
 
 /** Errors (StoreError): FORMAT (of a newer version); those of the disk if objects cannot be listed. */
@@ -77,11 +91,14 @@ export async function planRescue(disk: HostDisk, directory: string): Promise<Res
   const metadata = await readMetadata(disk, directory);
   const { copy, problems } = await readNewestCopy(disk, directory);
   const changes = readChangesAbove(disk, directory, copy?.header.change ?? 0);
-  const { objects, pathOf } = await readObjects(disk, directory);
-  return new Planner(disk, directory, { metadata, copy, changes, objects, pathOf, notes: [...problems] }).plan();
+  const { files: objects, pathOf } = await readObjects(disk, directory);
+  const segments = await readSegments(disk, directory);
+  const sources = { metadata, copy, changes, objects, segments, pathOf, notes: [...problems] };
+  return new Planner(disk, directory, sources).plan();
 }
 
 interface Sources {
+  readonly segments: FoundFiles;
   readonly metadata: FoundMetadata;
   readonly copy: FoundCopy | undefined;
   readonly changes: FoundChanges;
@@ -103,13 +120,12 @@ class Planner {
     this.#notes = from.notes;
   }
 
-  plan(): RescuePlan {
+  async plan(): Promise<RescuePlan> {
     const { metadata, copy, changes, objects } = this.#from;
     const problem = metadata.problem ?? this.#misfit();
     const isWhole = problem === undefined && metadata.state !== undefined;
     if (isWhole) metadata.state.mustBeKnown(metadata.file);
     copy?.state.mustBeKnown(copy.file);
-    const replay = new Replay(objects);
     let base: Base;
     let state: MetadataState | undefined;
     /** Why nothing is certain; undefined if something may be. */
@@ -131,33 +147,30 @@ class Planner {
     } else {
       base = 'nothing';
     }
+    const applied = base === 'copy' || base === 'changes' ? changes.changes : [];
+    const isCertainAt = (change: RecordedChange): boolean => !('put' in change) || isRecord(change.put);
+    if (!applied.every(({ change }) => isCertainAt(change))) doubt ??= 'a recorded change cannot be read';
+    const isUnknown = doubt !== undefined || base === 'nothing';
+    const overlays = await this.#overlays(state, isUnknown, applied);
+    const replay = new Replay(overlays);
     for (const record of state?.records.values() ?? []) replay.add(record, state?.mapOf(record) ?? new Uint32Array(0));
     for (const [vid, of] of state?.creationVids ?? []) replay.name(vid, of);
-    const applied = base === 'copy' || base === 'changes' ? changes.changes : [];
-    for (const { change } of applied) {
-      if ('put' in change && !isRecord(change.put)) doubt ??= 'a recorded change cannot be read';
-      else replay.apply(change);
-    }
+    for (const { change } of applied) if (isCertainAt(change)) replay.apply(change);
     if (doubt !== undefined) for (const vdi of replay.vdis.values()) vdi.isChanged = true;
     replay.settleAll();
-    const doubtfulLogs = base === 'nothing' ? undefined : this.#applyLogs(replay, state, base);
-    const used = new Set<number>();
-    for (const { map } of replay.vdis.values())
-      map.forEach((owner, idx) => {
-        if (owner !== 0 && objects.has(localObjectKey(owner, idx))) used.add(localObjectKey(owner, idx));
-      });
-    const unused = base === 'metadata' ? this.#unusedByIdx(used) : undefined;
-    const vdis = [...replay.vdis.values()].map((vdi) => this.#judge(vdi, doubt, doubtfulLogs, unused));
-    const lost = this.#lostVdis(replay, used, base);
-    for (const { record, map } of lost)
-      map.forEach((owner, idx) => {
-        if (owner !== 0) used.add(localObjectKey(record.vid, idx));
-      });
+    const doubtfulLogs = base === 'nothing' ? undefined : this.#applyLogs(replay, overlays, state, base);
+    const unused = base === 'metadata' ? this.#unusedByIdx(this.#used(replay, overlays)) : undefined;
+    const vdis = [...replay.vdis.values()].map((vdi) => this.#judge(vdi, overlays, doubt, doubtfulLogs, unused));
+    const lost = this.#lostVdis(replay, overlays, base);
+    const used = this.#used(replay, overlays);
+    for (const { map } of lost) addLayers(used, map, overlays);
     const leftOut = { objects: 0, bytes: 0 };
     const copied = new Map<number, ObjectFile>();
+    const layers: RescuedOverlay[] = [];
     let bytes = 0;
     for (const [key, file] of objects) {
-      if (used.has(key)) {
+      // An overlay may have the name of a file that was removed, and is back after a power loss.
+      if (used.has(key) && overlays.stored(key) === undefined) {
         copied.set(key, file);
         bytes += file.bytes;
       } else {
@@ -165,6 +178,11 @@ class Planner {
         leftOut.bytes += file.bytes;
       }
     }
+    for (const key of [...used].sort((a, b) => a - b)) {
+      const overlay = overlays.stored(key);
+      if (overlay) layers.push({ key, overlay });
+    }
+    for (const { file, keys, size } of overlays.files(layers)) bytes += Math.min(file.bytes, keys * size);
     return {
       directory: this.#directory,
       problem,
@@ -180,9 +198,40 @@ class Planner {
       notes: this.#notes,
       isCertain: lost.length === 0 && vdis.every(({ isCertain }) => isCertain) && base !== 'nothing',
       objects: copied,
+      overlays: layers,
       bytes,
       pathOf: this.#from.pathOf,
+      segmentPathOf: this.#from.segments.pathOf,
     };
+  }
+
+  /** The overlays of `state`, with what the changes say about them; `isUnknown`: all of them may have changed. */
+  async #overlays(
+    state: MetadataState | undefined,
+    isUnknown: boolean,
+    applied: readonly NumberedChange[],
+  ): Promise<RescuedOverlays> {
+    const { objects, segments } = this.#from;
+    const changed = new Set<number>();
+    const merged = new Set<number>();
+    for (const { change } of applied) {
+      if ('overlays' in change) changed.add(change.overlays);
+      if ('merged' in change) merged.add(change.merged);
+    }
+    const news: OverlayNews = {
+      hasChanged: (vid) => isUnknown || changed.has(vid),
+      hasMerged: (vid) => isUnknown || merged.has(vid),
+    };
+    const data = new SegmentData(this.#disk, segments);
+    await data.scan((vid) => news.hasChanged(vid), knownBlocks(state));
+    return new RescuedOverlays(state, news, objects, segments, data);
+  }
+
+  /** Keys of all objects that the maps need, with those below them. */
+  #used(replay: Replay, overlays: RescuedOverlays): Set<number> {
+    const used = new Set<number>();
+    for (const { map } of replay.vdis.values()) addLayers(used, map, overlays);
+    return used;
   }
 
   #isForeign(state: MetadataState): boolean {
@@ -228,7 +277,12 @@ class Planner {
   }
 
   /** Answered writes that were not flushed, where they are certain. Returns why others are not, if there are any. */
-  #applyLogs(replay: Replay, state: MetadataState | undefined, base: Base): string | undefined {
+  #applyLogs(
+    replay: Replay,
+    overlays: RescuedOverlays,
+    state: MetadataState | undefined,
+    base: Base,
+  ): string | undefined {
     try {
       const session = base === 'metadata' ? state?.info.get('session') : this.#sessionOfLogs();
       const stored = {
@@ -237,14 +291,28 @@ class Planner {
           replay.removed.has(vid) ? Number.MAX_SAFE_INTEGER : (state?.flushed.get(vid) ?? 0),
       };
       const { changes, doubtful } = new MapLogs(this.#disk, this.#directory, () => undefined).read(session, stored);
-      for (const { vid, idx, kind, value: owner } of changes) {
-        if (kind !== OWNER && kind !== MADE_WHOLE) continue;
+      const restored = new Map<number, RestoredVdi>();
+      const host = {
+        metadata: { map: ({ vid }: VdiRecord) => replay.vdis.get(vid)?.map ?? new Uint32Array(0) },
+        objects: { expectLength: () => undefined },
+        overlays: overlays.table,
+      };
+      for (const change of changes) {
+        const vdi = replay.vdis.get(change.vid);
+        if (!vdi) continue;
+        let of = restored.get(change.vid);
+        if (!of) restored.set(change.vid, (of = new RestoredVdi(host, vdi.record)));
+        of.apply(change);
+        if (of.problem !== undefined) throw new Error(of.problem);
+        if (change.kind === OVERLAID) overlays.isTold(localObjectKey(change.value, change.idx));
+      }
+      for (const [vid, { map, changed }] of restored) {
         const vdi = replay.vdis.get(vid);
-        if (!vdi || idx >= vdi.map.length) continue;
-        vdi.map[idx] = owner;
-        vdi.newer.delete(idx);
-        vdi.missing.delete(idx);
-        if (owner !== 0 && !this.#from.objects.has(localObjectKey(owner, idx))) vdi.missing.add(idx);
+        for (const idx of changed) {
+          for (const set of [vdi?.newer, vdi?.missing, vdi?.merged]) set?.delete(idx);
+          const owner = map[idx] as number;
+          if (owner !== 0 && !overlays.has(localObjectKey(owner, idx))) vdi?.missing.add(idx);
+        }
       }
       const [first] = doubtful;
       if (first === undefined) return undefined;
@@ -292,65 +360,85 @@ class Planner {
 
   #judge(
     vdi: ReplayedVdi,
+    overlays: RescuedOverlays,
     doubt: string | undefined,
     doubtfulLogs: string | undefined,
     unused: ReadonlyMap<number, readonly number[]> | undefined,
   ): RescuedVdi {
     const { record, map } = vdi;
-    const length = 2 ** record.blockSizeShift;
-    const lost: number[] = [];
+    const size = 2 ** record.blockSizeShift;
+    const lost = new DiskRanges(record);
+    const newer = new DiskRanges(record);
+    const merged = new DiskRanges(record);
+    const gone = new DiskRanges(record);
     const suspect: number[] = [];
     const owners = new Set(map);
+    let hasNewOverlays = false;
     map.forEach((owner, idx) => {
+      if (vdi.newer.has(idx)) newer.addObject(idx);
+      if (vdi.merged.has(idx)) merged.addObject(idx);
       if (owner === 0) {
+        if (vdi.missing.has(idx)) gone.addObject(idx);
         // The entry of a page of meta.mdb that was damaged would be 0.
         if (unused?.get(idx)?.some((vid) => owners.has(vid) || vid === record.vid)) suspect.push(idx);
         return;
       }
-      const file = this.#from.objects.get(localObjectKey(owner, idx));
-      if (file?.size !== length) lost.push(idx);
+      hasNewOverlays ||= overlays.hasChanged(owner, idx);
+      for (const run of overlays.layers(owner, idx, blocksOf(size))) {
+        if (overlays.isLost(run.vid, idx, size)) lost.addBlocks(idx, run);
+        for (const part of overlays.uncertainIn(run, idx, 'taken')) newer.addBlocks(idx, part);
+        for (const part of overlays.uncertainIn(run, idx, 'merged')) merged.addBlocks(idx, part);
+      }
     });
-    const isLost = new Set(lost);
-    const gone = [...vdi.missing].filter((idx) => !isLost.has(idx));
+    for (const idx of suspect) newer.addObject(idx);
     const reasons: string[] = [];
     if (doubt !== undefined) reasons.push(doubt);
     else if (vdi.isChanged) reasons.push('its map has changed since the copy');
+    else if (hasNewOverlays) reasons.push('blocks of its objects have changed since the copy');
     if (!record.isSnapshot && doubtfulLogs !== undefined)
       reasons.push('answered writes that were not flushed may be missing');
-    if (vdi.newer.size > 0) reasons.push(`${vdi.newer.size} objects were taken by their names`);
-    if (gone.length > 0) reasons.push(`${gone.length} objects were trimmed since, or are lost`);
-    if (lost.length > 0) reasons.push(`${lost.length} objects are lost`);
     if (suspect.length > 0) reasons.push(`${suspect.length} objects that may be its own are in no map`);
-    const ranges = (indices: Iterable<number>): DiskRange[] => rangesOf(indices, record);
+    if (newer.objects > suspect.length)
+      reasons.push(`${newer.objects - suspect.length} objects were taken by their names, all or parts`);
+    if (merged.objects > 0) reasons.push(`${merged.objects} objects were being merged`);
+    if (gone.objects > 0) reasons.push(`${gone.objects} objects were trimmed since, or are lost`);
+    if (lost.objects > 0) reasons.push(`${lost.objects} objects are lost, all or parts`);
     return {
       record,
       map,
       isCertain: reasons.length === 0,
       reasons,
-      newer: ranges([...vdi.newer, ...suspect]),
-      gone: ranges(gone),
-      lost: ranges(lost),
+      newer: newer.list(),
+      merged: merged.list(),
+      gone: gone.list(),
+      lost: lost.list(),
     };
   }
 
   /** Objects whose vid no record, no change and no map knows become VDIs of their own. */
-  #lostVdis(replay: Replay, used: ReadonlySet<number>, base: Base): RescuedVdi[] {
-    const { objects } = this.#from;
+  #lostVdis(replay: Replay, overlays: RescuedOverlays, base: Base): RescuedVdi[] {
+    // Without doubt about the maps these are only leftovers: of a deleted VDI, or written and not flushed.
+    if (base === 'metadata') return [];
+    const used = this.#used(replay, overlays);
+    const owners = new Set([...used].map(vidOf));
     const byVid = new Map<number, number[]>();
-    const owners = new Set<number>();
-    for (const { map } of replay.vdis.values()) for (const owner of map) owners.add(owner);
-    for (const [key, { size }] of objects) {
+    for (const key of overlays.keys()) {
       const vid = vidOf(key);
-      if (used.has(key) || replay.knows(vid) || owners.has(vid) || !isObjectSize(size)) continue;
-      // Without doubt about the maps these are only leftovers: of a deleted VDI, or written and not flushed.
-      if (base === 'metadata') continue;
+      if (owners.has(vid) || replay.knows(vid) || overlays.sizeOf(key) === undefined) continue;
       const found = byVid.get(vid);
       if (found) found.push(idxOf(key));
       else byVid.set(vid, [idxOf(key)]);
     }
     const names = new Set(Array.from(replay.vdis.values(), ({ record }) => record.name));
-    return [...byVid].map(([vid, indices]) => lostVdi(vid, indices, objects, names));
+    return [...byVid].map(([vid, indices]) => lostVdi(vid, indices, overlays, names));
   }
+}
+
+/** Add the keys of all layers of all objects of a map. */
+function addLayers(keys: Set<number>, map: Uint32Array, { table }: RescuedOverlays): void {
+  map.forEach((owner, idx) => {
+    if (owner !== 0) for (const vid of table.layersOf(owner, idx)) keys.add(localObjectKey(vid, idx));
+  });
 }
 
 function refersTo(state: MetadataState, key: number): boolean {
@@ -358,24 +446,22 @@ function refersTo(state: MetadataState, key: number): boolean {
   return false;
 }
 
-function isObjectSize(size: number): boolean {
-  const shift = Math.log2(size);
-  return Number.isInteger(shift) && shift >= MIN_BLOCK_SIZE_SHIFT && shift <= MAX_BLOCK_SIZE_SHIFT;
-}
-
 function lostVdi(
   vid: number,
   indices: readonly number[],
-  objects: ReadonlyMap<number, ObjectFile>,
+  overlays: RescuedOverlays,
   names: ReadonlySet<string>,
 ): RescuedVdi {
   let name = `lost-${vid.toString(16)}`;
   for (let n = 2; names.has(name); n++) name = `lost-${vid.toString(16)}-${n}`;
-  const sizes = indices.map((idx) => objects.get(localObjectKey(vid, idx))?.size ?? 0);
+  const sizes = indices.map((idx) => overlays.sizeOf(localObjectKey(vid, idx)) ?? 0);
   const length = sizes.reduce((most, size) => Math.max(most, size), 0);
   const count = indices.reduce((most, idx) => Math.max(most, idx + 1), 0);
   const map = new Uint32Array(count);
-  for (const idx of indices) map[idx] = vid;
+  for (const idx of indices) {
+    map[idx] = vid;
+    overlays.take(vid, idx, 0, length);
+  }
   const record: VdiRecord = {
     ...{ vid, name, tag: '', isSnapshot: false, snapId: 1, parentVid: 0, snapshotAt: 0 },
     size: count * length,
@@ -383,18 +469,7 @@ function lostVdi(
     createdAt: Date.now(),
   };
   const reasons = [`${indices.length} objects of vid ${vid.toString(16)}, whose disk is not known`];
-  return { record, map, isCertain: false, reasons, newer: rangesOf(indices, record), gone: [], lost: [] };
-}
-
-/** The ranges of these objects on their disk, neighbours as one. */
-function rangesOf(indices: Iterable<number>, { size, blockSizeShift }: VdiRecord): DiskRange[] {
-  const ranges: { from: number; to: number }[] = [];
-  for (const idx of [...indices].sort((a, b) => a - b)) {
-    const from = idx * 2 ** blockSizeShift;
-    const to = Math.min(from + 2 ** blockSizeShift, size);
-    const last = ranges.at(-1);
-    if (last?.to === from) last.to = to;
-    else if (last?.from !== from) ranges.push({ from, to });
-  }
-  return ranges;
+  const newer = new DiskRanges(record);
+  for (const idx of indices) newer.addObject(idx);
+  return { record, map, isCertain: false, reasons, newer: newer.list(), merged: [], gone: [], lost: [] };
 }

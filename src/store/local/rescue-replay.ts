@@ -17,14 +17,25 @@ export interface ReplayedVdi {
   readonly newer: Set<number>;
   /** idx of objects that the known map has and that are not there; its map has no entry for them if it `isChanged`. */
   readonly missing: Set<number>;
+  /** idx of overlays of the known map that have given all their blocks to the object below: the map has that one. */
+  readonly merged: Set<number>;
   /** Vids under which it has made objects, oldest first: its own, and those that temporary snapshots have given. */
   readonly creationVids: number[];
 }
 
-/** Objects that exist, as keys (localObjectKey). */
+/** Objects that exist, as keys (localObjectKey); whole or overlays. */
 export interface ExistingObjects {
   has(key: number): boolean;
   keys(): Iterable<number>;
+  /** The vid of the object that has the content of an overlay that is gone, because the two were merged; 0 if there is none. */
+  below(vid: number, idx: number): number;
+  /** Whether the object (vid, idx) is one of the layers of (owner, idx). */
+  isBelow(vid: number, owner: number, idx: number): boolean;
+  /**
+   * A map gets the object (vid, idx) by its name, instead of the one of `owner`, 0 for none. `size`: of an object, bytes. Returns
+   * whether all of its content is new to the map; else the object lies over the other one.
+   */
+  take(vid: number, idx: number, owner: number, size: number): boolean;
 }
 
 export class Replay {
@@ -91,6 +102,7 @@ export class Replay {
       vdi.isChanged = parent.isChanged;
       for (const idx of parent.newer) vdi.newer.add(idx);
       for (const idx of parent.missing) vdi.missing.add(idx);
+      for (const idx of parent.merged) vdi.merged.add(idx);
     }
     // The parent is unknown: the record was read, but not what its map began with.
     if (!parent && record.parentVid !== 0) vdi.isChanged = true;
@@ -116,8 +128,11 @@ export class Replay {
           if (idx >= map.length || map[idx] === vid) continue;
           const owner = map[idx] as number;
           if ((rank.get(owner) ?? -1) > n && this.#objects.has(localObjectKey(owner, idx))) continue;
+          // An overlay of a temporary snapshot's vid lies over it.
+          if (this.#objects.isBelow(vid, owner, idx)) continue;
+          const isNew = this.#objects.take(vid, idx, owner, 2 ** vdi.record.blockSizeShift);
           map[idx] = vid;
-          vdi.newer.add(idx);
+          if (isNew) vdi.newer.add(idx);
           vdi.missing.delete(idx);
         }
       }
@@ -125,6 +140,12 @@ export class Replay {
     for (let idx = 0; idx < map.length; idx++) {
       const owner = map[idx] as number;
       if (owner === 0 || this.#objects.has(localObjectKey(owner, idx))) continue;
+      const below = this.#objects.below(owner, idx);
+      if (below !== 0) {
+        map[idx] = below;
+        vdi.merged.add(idx);
+        continue;
+      }
       vdi.missing.add(idx);
       if (vdi.isChanged) map[idx] = 0;
     }
@@ -132,7 +153,15 @@ export class Replay {
 }
 
 function vdiOf(record: VdiRecord, map: Uint32Array): ReplayedVdi {
-  return { record, map, isChanged: false, newer: new Set(), missing: new Set(), creationVids: [record.vid] };
+  return {
+    record,
+    map,
+    isChanged: false,
+    newer: new Set(),
+    missing: new Set(),
+    merged: new Set(),
+    creationVids: [record.vid],
+  };
 }
 
 /** A copy of `map`, with an entry for each object of the record's size. */

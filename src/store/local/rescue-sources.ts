@@ -3,7 +3,7 @@
  * files. Owns how each is read and what counts as readable. Writes nothing, and does not use LMDB: any of it may be damaged.
  */
 import path from 'node:path';
-import { O_RDONLY, type HostDisk } from '../../system/disk.js';
+import { O_NONBLOCK, O_RDONLY, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../store-error.js';
 import { MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS, MIN_BLOCK_SIZE_SHIFT, type VdiRecord } from '../vdi-record.js';
 import { MAX_VID } from '../../sheepdog/object-ids.js';
@@ -13,8 +13,11 @@ import { OBJECTS } from './data-objects.js';
 import { databasesOf, entriesOf, pagesOfFile, readAll, readMeta, type LmdbState } from './lmdb-pages.js';
 import { META_FILE } from './metadata.js';
 import { readCopy, type CopyHeader } from './metadata-copy-format.js';
-import { COPIES, copyFiles, CREATION_VIDS } from './metadata-copies.js';
-import { OBJECT_LAYOUT, ObjectNames } from './object-names.js';
+import { COPIES, copyFiles, CREATION_VIDS, MERGED_VIDS } from './metadata-copies.js';
+import { FLAT_LAYOUT, OBJECT_LAYOUT, ObjectNames, type FileLayout } from './object-names.js';
+import { OVERLAYS } from './open-layers.js';
+import { decodeGroup, GROUP_OBJECTS, OVERLAY_BLOCK } from './overlay-records.js';
+import { openPlainFile } from './plain-file.js';
 import { asStoreError } from './store-errors.js';
 import { localObjectKey } from './reference-counts.js';
 import { PAGE_ENTRIES } from './map-pages.js';
@@ -22,11 +25,11 @@ import { PAGE_ENTRIES } from './map-pages.js';
 /** Unit of st_blocks, stat(2). */
 const STATUS_BLOCK = 512;
 /** Formats whose objects and maps a rescue understands; not FORMAT_VERSION, which may be ahead of it. */
-const KNOWN_FORMATS = new Set(['1']);
+const KNOWN_FORMATS = new Set(['1', '2']);
 /** Damaged parts that are listed. */
 const MAX_PROBLEMS = 20;
 /** Databases of meta.mdb that a rescue understands, or need not: `state` is about clients that are gone. */
-const KNOWN_DATABASES = new Set(['', 'vdis', 'pages', 'flushed', 'state', CREATION_VIDS]);
+const KNOWN_DATABASES = new Set(['', 'vdis', 'pages', 'flushed', 'overlays', 'state', CREATION_VIDS, MERGED_VIDS]);
 
 /** The content of meta.mdb at one moment. */
 export class MetadataState {
@@ -36,7 +39,11 @@ export class MetadataState {
   readonly flushed = new Map<number, number>();
   /** vid without a record -> the vid of the working VDI that made objects under it; in the order in which they were given. */
   readonly creationVids = new Map<number, number>();
+  /** Vids whose overlays had given blocks to the objects below. */
+  readonly merged = new Set<number>();
   readonly problems: string[] = [];
+  /** vid -> group -> the record of the overlays of that group (overlay-records.ts). */
+  readonly overlays = new Map<number, Map<number, Buffer>>();
   readonly #pages = new Map<number, Map<number, Buffer>>();
 
   problem(text: string): void {
@@ -57,11 +64,20 @@ export class MetadataState {
       }
       case 'pages': {
         const [vid, page] = numbersIn(key);
-        if (vid === undefined || page === undefined || value.length !== 4 * PAGE_ENTRIES)
+        if (vid === undefined || page === undefined || !isPage(value))
           return this.problem('a page of a map cannot be read');
         let pages = this.#pages.get(vid);
         if (!pages) this.#pages.set(vid, (pages = new Map<number, Buffer>()));
         pages.set(page, Buffer.from(value));
+        return;
+      }
+      case 'overlays': {
+        const [vid, group] = numbersIn(key);
+        if (vid === undefined || !(vid > 0 && vid <= MAX_VID) || group === undefined || !isGroup(group, value))
+          return this.problem('a record of overlays cannot be read');
+        let groups = this.overlays.get(vid);
+        if (!groups) this.overlays.set(vid, (groups = new Map<number, Buffer>()));
+        groups.set(group, Buffer.from(value));
         return;
       }
       case 'flushed': {
@@ -72,6 +88,9 @@ export class MetadataState {
       }
       case CREATION_VIDS:
         this.creationVids.set(Number(key.toString()), Number(value.toString()));
+        return;
+      case MERGED_VIDS:
+        this.merged.add(Number(key.toString()));
         return;
       default:
         if (!KNOWN_DATABASES.has(database)) this.problem(`this version does not know the database ${database}`);
@@ -116,7 +135,7 @@ export async function readMetadata(disk: HostDisk, directory: string): Promise<F
   if (!status.isFile()) return { ...nothing, problem: 'it is not a file' };
   if (status.size === 0) return { ...nothing, problem: 'it is empty' };
   try {
-    const fd = disk.openSync(file, O_RDONLY);
+    const fd = disk.openSync(file, O_RDONLY | O_NONBLOCK);
     try {
       const { states, problem } = readMeta(disk, fd);
       const [newest] = states;
@@ -168,7 +187,7 @@ export async function readNewestCopy(
 }
 
 async function readWholeCopy(disk: HostDisk, file: string): Promise<FoundCopy> {
-  const fd = await disk.open(file, O_RDONLY);
+  const fd = openPlainFile(disk, file);
   try {
     const state = new MetadataState();
     const entries = readCopy(disk, fd);
@@ -232,7 +251,7 @@ function namesIn(disk: HostDisk, directory: string, problems: string[]): string[
   }
 }
 
-/** An object file. */
+/** The file of an object or of a segment. */
 export interface ObjectFile {
   /** Its length. */
   readonly size: number;
@@ -240,18 +259,31 @@ export interface ObjectFile {
   readonly bytes: number;
 }
 
-/** Object files by key (localObjectKey), and the paths of objects in the store. Errors: those of the disk. */
-export async function readObjects(
-  disk: HostDisk,
-  directory: string,
-): Promise<{ readonly objects: ReadonlyMap<number, ObjectFile>; readonly pathOf: (key: number) => string }> {
-  const root = path.join(directory, OBJECTS);
-  const names = new ObjectNames(disk, root, { isReadOnly: true, layout: OBJECT_LAYOUT }, asStoreError);
-  const objects = new Map<number, ObjectFile>();
+/** Files of one kind, by key. */
+export interface FoundFiles {
+  readonly files: ReadonlyMap<number, ObjectFile>;
+  /** The path of the file of a key, whether it exists or not. */
+  readonly pathOf: (key: number) => string;
+}
+
+/** Object files by key (localObjectKey). Errors: those of the disk. */
+export function readObjects(disk: HostDisk, directory: string): Promise<FoundFiles> {
+  return readFiles(disk, path.join(directory, OBJECTS), OBJECT_LAYOUT);
+}
+
+/** Segment files by key (segmentOf). Errors: those of the disk. */
+export function readSegments(disk: HostDisk, directory: string): Promise<FoundFiles> {
+  return readFiles(disk, path.join(directory, OVERLAYS), FLAT_LAYOUT);
+}
+
+async function readFiles(disk: HostDisk, root: string, layout: FileLayout): Promise<FoundFiles> {
+  const names = new ObjectNames(disk, root, { isReadOnly: true, layout }, asStoreError);
+  const files = new Map<number, ObjectFile>();
   const pathOf = (key: number): string => names.path(key);
-  if (!disk.existsSync(root)) return { objects, pathOf };
-  for (const folder of await disk.readdir(root)) {
-    if (!/^[0-9a-f]{2}$/.test(folder)) continue;
+  if (!disk.existsSync(root)) return { files, pathOf };
+  const folders = layout.folders.length === 1 ? layout.folders : await disk.readdir(root);
+  for (const folder of folders) {
+    if (!layout.folders.includes(folder) || !isDirectory(disk, path.join(root, folder))) continue;
     for (const name of await disk.readdir(path.join(root, folder))) {
       const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(name);
       const [vid, idx] = [parseInt(oid?.[1] ?? '', 16), parseInt(oid?.[2] ?? '', 16)];
@@ -260,10 +292,32 @@ export async function readObjects(
       const file = path.join(root, folder, name);
       if (pathOf(key) !== file) continue;
       const status = await disk.lstat(file).catch(() => undefined);
-      if (status?.isFile()) objects.set(key, { size: status.size, bytes: status.blocks * STATUS_BLOCK });
+      if (status?.isFile()) files.set(key, { size: status.size, bytes: status.blocks * STATUS_BLOCK });
     }
   }
-  return { objects, pathOf };
+  return { files, pathOf };
+}
+
+function isDirectory(disk: HostDisk, directory: string): boolean {
+  return disk.statSync(directory)?.isDirectory() ?? false;
+}
+
+function isPage(bytes: Buffer): boolean {
+  if (bytes.length !== 4 * PAGE_ENTRIES) return false;
+  for (let at = 0; at < bytes.length; at += 4) if (bytes.readUInt32LE(at) > MAX_VID) return false;
+  return true;
+}
+
+function isGroup(group: number, bytes: Buffer): boolean {
+  const stored = decodeGroup(bytes);
+  if (stored === undefined || !isObjectSize(stored.blocks * OVERLAY_BLOCK)) return false;
+  return group * GROUP_OBJECTS < MAX_DATA_OBJECTS && stored.members.every((each) => (each?.base ?? 0) <= MAX_VID);
+}
+
+/** Whether an object may have this length. */
+export function isObjectSize(size: number): boolean {
+  const shift = Math.log2(size);
+  return Number.isInteger(shift) && shift >= MIN_BLOCK_SIZE_SHIFT && shift <= MAX_BLOCK_SIZE_SHIFT;
 }
 
 /** Undefined if the bytes are no record that this version could have stored. */

@@ -12,8 +12,8 @@ import type { Overlays } from './overlays.js';
 import { localObjectKey } from './reference-counts.js';
 
 export interface StoreOfRestored {
-  readonly metadata: Metadata;
-  readonly objects: DataObjects;
+  readonly metadata: Pick<Metadata, 'map'>;
+  readonly objects: Pick<DataObjects, 'expectLength'>;
   readonly overlays: Overlays;
 }
 
@@ -28,7 +28,7 @@ export class RestoredVdi {
   /** Why the changes cannot be applied. */
   problem: string | undefined;
   readonly #overlays: Overlays;
-  readonly #objects: DataObjects;
+  readonly #objects: Pick<DataObjects, 'expectLength'>;
   readonly #size: number;
   readonly #name: string;
   /** The overlay that the next entry is about, if it is not the map's. */

@@ -37,18 +37,20 @@ export class SparseCopy {
       if (await this.#disk.clone(source, to)) return undefined;
       this.#reflinks = false;
     }
-    for (let at = 0; at < size;) {
-      if (at >= skip && at < skip + skipLength) {
-        at = skip + skipLength;
-        continue;
-      }
+    if (skipLength === 0) return this.copyRange(source, to, 0, size);
+    const before = await this.copyRange(source, to, 0, Math.min(skip, size));
+    return before ?? (await this.copyRange(source, to, skip + skipLength, size));
+  }
+
+  /** The same for the range [from, end), to the same place of `to`, which has no data there. */
+  async copyRange(source: number, to: number, from: number, end: number): Promise<number | undefined> {
+    for (let at = from; at < end;) {
       const data = await this.#disk.nextData(source, at);
-      if (data < 0 || data >= size) return undefined;
-      let end = Math.min(await this.#disk.nextHole(source, data), size);
-      if (data < skip && end > skip && skipLength > 0) end = skip;
-      for (at = data; at < end;) {
-        let count = await this.#disk.copyRange(source, to, at, end - at);
-        if (count <= 0) count = await copyByHand(this.#disk, source, to, at, end - at);
+      if (data < 0 || data >= end) return undefined;
+      const hole = Math.min(await this.#disk.nextHole(source, data), end);
+      for (at = data; at < hole;) {
+        let count = await this.#disk.copyRange(source, to, at, hole - at);
+        if (count <= 0) count = await copyByHand(this.#disk, source, to, at, hole - at);
         if (count === 0) return at;
         at += count;
       }
