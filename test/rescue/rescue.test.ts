@@ -6,37 +6,8 @@ import { LocalStore } from '../../src/store/local/local-store.js';
 import { rescueStore, type Rescued } from '../../src/store/local/rescue.js';
 import { labelOfVdi } from '../../src/store/vdi-record.js';
 import { byLength } from '../harness/length.js';
-import { contentsOf, expectBytes, scratchDirectory, Workload } from './workload.js';
-
-type Plan = Rescued['plan'];
-const PAGE = 4096;
-
-async function rescued(from: string, force = false): Promise<{ plan: Plan; to: string }> {
-  const to = path.join(scratchDirectory(), 'rescued');
-  const { plan } = await rescueStore(from, to, { isDry: false, force });
-  return { plan, to };
-}
-
-/** Every disk is there; the certain ones are exact, and of the others all that was not trimmed. Returns how many are certain. */
-async function compare(workload: Workload, plan: Plan, to: string, label: string): Promise<number> {
-  const found = await contentsOf(to);
-  const certain = new Set(plan.vdis.filter(({ isCertain }) => isCertain).map(({ record }) => labelOfVdi(record)));
-  const names = [...found.keys()].filter((name) => !name.startsWith('lost-'));
-  expect(names.sort(), label).toEqual([...workload.contents.keys()].sort());
-  for (const [name, expected] of workload.contents)
-    expectBytes(found.get(name), expected, `${label}: ${name}`, !certain.has(name));
-  return certain.size;
-}
-
-async function busy(seed: number, before: number, after: number): Promise<Workload> {
-  const workload = new Workload(seed);
-  await workload.start();
-  for (let n = 0; n < before; n++) await workload.step();
-  await workload.flushAll();
-  await workload.store.copies.copy(true);
-  for (let n = 0; n < after; n++) await workload.step();
-  return workload;
-}
+import { busy, compare, PAGE, rescued, type Plan } from './rescued.js';
+import { contentsOf, scratchDirectory, Workload } from './workload.js';
 
 const SEEDS = Array.from({ length: byLength({ quick: 3, full: 8, long: 300 }) }, (_, n) => n + 1);
 
