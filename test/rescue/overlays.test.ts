@@ -12,7 +12,7 @@ const KINDS: readonly [string, LocalStoreOptions][] = [
   ['merges in between', { mergeDelayMs: 0 }],
   ['both', { makesOnlyOverlays: true, mergeDelayMs: 0 }],
 ];
-const SEEDS = Array.from({ length: byLength({ quick: 2, full: 5, long: 200 }) }, (_, n) => n + 1);
+const SEEDS = Array.from({ length: byLength({ quick: 2, full: 3, long: 200 }) }, (_, n) => n + 1);
 const CASES = KINDS.flatMap(([kind, options]) => SEEDS.map((seed) => [kind, seed, options] as const));
 
 /** `check` finds nothing in it, and it can be used. */

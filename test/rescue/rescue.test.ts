@@ -9,7 +9,7 @@ import { byLength } from '../harness/length.js';
 import { busy, compare, PAGE, rescued, type Plan } from './rescued.js';
 import { contentsOf, scratchDirectory, Workload } from './workload.js';
 
-const SEEDS = Array.from({ length: byLength({ quick: 3, full: 8, long: 300 }) }, (_, n) => n + 1);
+const SEEDS = Array.from({ length: byLength({ quick: 3, full: 4, long: 300 }) }, (_, n) => n + 1);
 
 describe('meta.mdb is deleted', () => {
   test.each(SEEDS)('after a copy and a power loss, seed %i: everything is certain and exact', async (seed) => {

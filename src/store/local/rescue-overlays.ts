@@ -251,7 +251,6 @@ export class RescuedOverlays implements ExistingObjects {
     return storedOf(this.table, key);
   }
 
-  /** The length of an object, by its file. Undefined if it is no length of objects. */
   sizeOf(key: number): number | undefined {
     const size = this.#whole.get(key)?.size ?? this.#data.objectSize(segmentOf(key));
     return size !== undefined && isObjectSize(size) ? size : undefined;

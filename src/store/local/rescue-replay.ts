@@ -27,6 +27,8 @@ export interface ReplayedVdi {
 export interface ExistingObjects {
   has(key: number): boolean;
   keys(): Iterable<number>;
+  /** The length of an object, by its file. Undefined if it is no length of objects. */
+  sizeOf(key: number): number | undefined;
   /** The vid of the object that has the content of an overlay that is gone, because the two were merged; 0 if there is none. */
   below(vid: number, idx: number): number;
   /** Whether the object (vid, idx) is one of the layers of (owner, idx). */
@@ -130,7 +132,10 @@ export class Replay {
           if ((rank.get(owner) ?? -1) > n && this.#objects.has(localObjectKey(owner, idx))) continue;
           // An overlay of a temporary snapshot's vid lies over it.
           if (this.#objects.isBelow(vid, owner, idx)) continue;
-          const isNew = this.#objects.take(vid, idx, owner, 2 ** vdi.record.blockSizeShift);
+          const size = 2 ** vdi.record.blockSizeShift;
+          // Its creation was not finished.
+          if (this.#objects.sizeOf(localObjectKey(vid, idx)) !== size) continue;
+          const isNew = this.#objects.take(vid, idx, owner, size);
           map[idx] = vid;
           if (isNew) vdi.newer.add(idx);
           vdi.missing.delete(idx);
