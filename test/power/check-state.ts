@@ -5,6 +5,9 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { LocalStore } from '../../src/store/local/local-store.js';
+import { rescueStore, type Rescued } from '../../src/store/local/rescue.js';
+import { StoreError } from '../../src/store/store-error.js';
+import { labelOfVdi } from '../../src/store/vdi-record.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { checkBackups, goOnWithBackups } from './backups.js';
 import { dataOf } from './blocks.js';
@@ -19,8 +22,10 @@ import type { Random } from './random.js';
 const DELETES_ALL = 0.15;
 /** The first write number of a check: higher than any of a workload. */
 const FIRST_WRITE = 1_000_000;
-/** Files that stay when a store is empty, beside LMDB's. */
-const STAYS = new Set(['lock']);
+/** What stays when a store is empty, beside LMDB's files: the copies of the metadata say that it is. */
+const STAYS = new Set(['lock', 'copies']);
+/** So often the store is rescued as well, without its meta.mdb. */
+const RESCUES = 1;
 
 /** Larger than a disk of a workload. */
 const BUFFER_BYTES = 3 * 2 ** 20;
@@ -72,6 +77,33 @@ export async function checkState(state: State): Promise<void> {
     });
     if (second.hasDeletedAll) mustBeEmpty(machine);
   });
+  if (random.chance(RESCUES)) await checkRescue(state);
+}
+
+/** What a rescue without meta.mdb calls certain is as legal as what the store itself shows. */
+async function checkRescue(state: State): Promise<void> {
+  const { model, at, loss } = state;
+  await onMachine(state, async (machine) => {
+    const disk = new MachineDisk(machine);
+    const damaged = path.join(machine.root, 'store');
+    const to = path.join(machine.root, 'rescued');
+    if (disk.existsSync(path.join(damaged, 'meta.mdb'))) disk.unlinkSync(path.join(damaged, 'meta.mdb'));
+    let plan: Rescued['plan'];
+    try {
+      ({ plan } = await rescueStore(damaged, to, { isDry: false, force: true, disk }));
+    } catch (error) {
+      // Before its first VDI a store has nothing that could be rescued.
+      if (error instanceof StoreError && error.code === 'NO_STORE') return;
+      throw new Violation(`the store cannot be rescued: ${(error as Error).message}`, { cause: error });
+    }
+    const opened = await Opened.open(machine, disk, new Map(), 'rescued');
+    await opened.using(async ({ catalog }) => {
+      const certain = plan.vdis.filter(({ isCertain }) => isCertain).map(({ record }) => labelOfVdi(record));
+      console.error('RESCUE', plan.base, plan.isCertain, certain.length, plan.vdis.length);
+      await findAll(catalog, model, at, loss, reused(), plan.isCertain ? undefined : new Set(certain));
+      if (plan.vdis.every(({ lost }) => lost.length === 0)) await mustBeClean(catalog);
+    });
+  });
 }
 
 /** Opens the store once, and closes it: a recovery, which can be interrupted by a second crash. */
@@ -109,10 +141,15 @@ class Opened {
     this.#logged = logged;
   }
 
-  static async open(machine: Machine, disk: MachineDisk, expected = new Map<string, Buffer>()): Promise<Opened> {
+  static async open(
+    machine: Machine,
+    disk: MachineDisk,
+    expected = new Map<string, Buffer>(),
+    name = 'store',
+  ): Promise<Opened> {
     const logged: string[] = [];
     try {
-      const store = await LocalStore.open(path.join(machine.root, 'store'), { disk, log: (line) => logged.push(line) });
+      const store = await LocalStore.open(path.join(machine.root, name), { disk, log: (line) => logged.push(line) });
       return new Opened(store, expected, logged);
     } catch (error) {
       throw new Violation(`the store cannot be opened: ${(error as Error).message}`, { cause: error });
@@ -205,8 +242,9 @@ function mustBeEmpty(machine: Machine): void {
     const inode = machine.inodes.get(ino);
     for (const [name, child] of inode?.entries ?? []) {
       const file = machine.inodes.get(child);
+      if (STAYS.has(name)) continue;
       if (file?.kind === 'directory') look(child, `${at}/${name}`);
-      else if (!isDatabase(name) && !STAYS.has(name)) full.push(`${at}/${name}`);
+      else if (!isDatabase(name)) full.push(`${at}/${name}`);
     }
   };
   look(machine.find(['store'])?.ino ?? ROOT_INO, 'store');

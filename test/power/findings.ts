@@ -29,22 +29,24 @@ export interface Buffers {
 /** Snapshots that the backup job makes and removes by itself. */
 const OF_BACKUPS = /^backup-/;
 
-/** All VDIs and snapshots, by spec. Errors: Violation. */
+/** All VDIs and snapshots, by spec; with `only` those of these specs. Errors: Violation. */
 export async function findAll(
   catalog: VdiCatalog,
   model: Model,
   at: number,
   loss: Loss,
   buffers: Buffers = { next: () => undefined },
+  only?: ReadonlySet<string>,
 ): Promise<ReadonlyMap<string, Found>> {
   const found = new Map<string, Found>();
   for (const record of await catalog.list()) {
     const spec = record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+    if (only?.has(spec) === false) continue;
     if (found.has(spec)) throw new Violation(`there are two of ${spec}`);
     const bytes = record.unfinished === undefined ? await contentOf(catalog, spec, buffers.next()) : undefined;
     found.set(spec, { record, bytes, thing: undefined });
   }
-  const names = new Set([...model.names(), ...found.keys()]);
+  const names = only ?? new Set([...model.names(), ...found.keys()]);
   for (const spec of names) {
     const is = found.get(spec);
     if (OF_BACKUPS.test(is?.record.tag ?? '')) continue;

@@ -94,9 +94,10 @@ export class ChangeRecord {
   }
 
   #lookForLast(): number {
+    let newest: ChangesFile | undefined;
     try {
       const files = changesFiles(this.#names());
-      const newest = files.at(-1);
+      newest = files.at(-1);
       if (newest === undefined) return 0;
       const { changes, problem } = readChanges(this.#disk, path.join(this.#directory, newest.name));
       const last = Math.max(newest.first - 1, changes.at(-1)?.number ?? 0);
@@ -105,7 +106,7 @@ export class ChangeRecord {
     } catch (error) {
       this.#isBroken = true;
       this.#failed(error);
-      return 0;
+      return newest?.first ?? 0;
     }
   }
 

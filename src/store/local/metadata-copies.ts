@@ -94,12 +94,21 @@ export function headerOf(disk: HostDisk, file: string): CopyHeader | undefined {
   }
 }
 
+/** Undefined also if it cannot be read: one bad file does not hide the others. */
+function readableHeader(disk: HostDisk, file: string): CopyHeader | undefined {
+  try {
+    return headerOf(disk, file);
+  } catch {
+    return undefined; // `check` says why
+  }
+}
+
 /** The highest number of a copy, 0 if there is none, and the header of the newest copy that has one. Errors: those of the disk. */
 function newestCopy(disk: HostDisk, location: string): { number: number; header: CopyHeader | undefined } {
   const directory = path.join(location, COPIES);
   const copies = disk.existsSync(directory) ? copyFiles(disk.readdirSync(directory)) : [];
   for (const { name } of copies) {
-    const header = headerOf(disk, path.join(directory, name));
+    const header = readableHeader(disk, path.join(directory, name));
     if (header) return { number: copies[0]?.number ?? 0, header };
   }
   return { number: copies[0]?.number ?? 0, header: undefined };
@@ -131,9 +140,21 @@ export function mustBeOfCopies(disk: HostDisk, location: string, metadata: Metad
 /** Lines of the record that are written once for each vid and copy. */
 const SAID = ['map', 'overlays', 'merged'] as const;
 type Said = (typeof SAID)[number];
+/** Vids, by what the record says of them. */
+type Touched = Readonly<Record<Said, Set<number>>>;
 
 /** The disk has no room to spare for a copy, or the store is being closed. */
 class GivesWay extends Error {}
+
+/** The lines that say all this, without what was said. */
+function linesOf(touched: Touched, said: Touched): RecordedChange[] {
+  const unsaid = (kind: Said): number[] => [...touched[kind]].filter((vid) => !said[kind].has(vid));
+  return [
+    ...unsaid('map').map((vid) => ({ map: vid })),
+    ...unsaid('overlays').map((vid) => ({ overlays: vid })),
+    ...unsaid('merged').map((vid) => ({ merged: vid })),
+  ];
+}
 
 export class MetadataCopies implements ChangeNoter {
   readonly #store: CopiedStore;
@@ -145,12 +166,12 @@ export class MetadataCopies implements ChangeNoter {
   /** The newest copy that is whole, as far as is known. */
   #newest: CopyHeader | undefined;
   #lastNumber = 0;
-  /** What the record has said since the newest copy, and need not say again: vid -> number of the change. */
-  readonly #said: Readonly<Record<Said, Map<number, number>>> = {
-    map: new Map(),
-    overlays: new Map(),
-    merged: new Map(),
-  };
+  /** What the record has said since the newest copy, or since the one that is being made began; it need not say that again. */
+  #said: Touched = { map: new Set(), overlays: new Set(), merged: new Set() };
+  /** Commits that are not stored yet: a copy that begins now may not have them. */
+  readonly #committing = new Set<Touched>();
+  /** The newest copy, or the one that is being made, has changes up to this number. */
+  #copiedTo = 0;
   /** Vids whose overlays have given blocks to the objects below in this session. */
   readonly #merging = new Set<number>();
   /** Vids of records that were recorded and could not be stored: a snapshot that failed is stored later, with another map. */
@@ -213,58 +234,64 @@ export class MetadataCopies implements ChangeNoter {
     const puts = change.records ?? [];
     const added = new Set(puts.map(({ vid }) => vid));
     const removed = (change.removed ?? []).filter((vid) => !added.has(vid) && metadata.record(vid) !== undefined);
-    const news = this.#news(change);
+    const touched = this.#touchedBy(change);
     // Stored under this vid at last, with what it has become since.
-    for (const vid of added) if (this.#corrected.delete(vid)) news.map.add(vid);
+    for (const vid of added) if (this.#corrected.delete(vid)) touched.map.add(vid);
+    // A commit of the same moment may say it, and its line may not be durable yet: that is rare, and it is said again.
+    const news = linesOf(touched, this.#said);
     const changes: RecordedChange[] = [
       ...puts.map((record) => ({ put: record })),
-      ...Array.from(news.map, (vid) => ({ map: vid })),
-      ...Array.from(news.overlays, (vid) => ({ overlays: vid })),
-      ...Array.from(news.merged, (vid) => ({ merged: vid })),
+      ...news,
       ...(removed.length > 0 ? [{ removed }] : []),
     ];
-    if (changes.length === 0) return this.#notedBefore();
-    const { last, durable } = this.#record.append(changes);
+    if (changes.length === 0 && SAID.every((kind) => touched[kind].size === 0)) return undefined;
+    this.#committing.add(touched);
+    // Without lines of its own it depends on those that are on their way: under which vid new objects are made, for one.
+    const { last, durable } =
+      changes.length > 0 ? this.#record.append(changes) : { last: 0, durable: this.#record.writing };
     const first = last - changes.length + 1;
-    this.#unstored.add(first);
-    this.#schedule();
+    if (changes.length > 0) {
+      this.#unstored.add(first);
+      this.#schedule();
+    }
+    const isOver = (): void => {
+      this.#committing.delete(touched);
+      if (changes.length > 0) this.#unstored.delete(first);
+    };
     return {
       stored: async () => {
-        this.#unstored.delete(first);
+        isOver();
         await durable;
-        const isCopied = this.#newest !== undefined && last <= this.#newest.change;
-        if (this.#record.isBroken || isCopied) return;
-        for (const kind of SAID) for (const vid of news[kind]) this.#said[kind].set(vid, last);
+        if (this.#record.isBroken || last <= this.#copiedTo) return;
+        for (const kind of SAID) for (const vid of touched[kind]) this.#said[kind].add(vid);
       },
       failed: () => {
-        this.#unstored.delete(first);
+        isOver();
         this.#correct([...added, ...removed]);
       },
     };
   }
 
-  /** Nothing new is recorded; the lines on which the change depends, under which vid new objects are made for one, may be on their way. */
-  #notedBefore(): Noted | undefined {
-    const { writing } = this.#record;
-    return writing && { stored: () => writing, failed: () => undefined };
+  #touchedBy({ pages = [], overlays }: MetadataChange): Touched {
+    const touched = { map: new Set<number>(), overlays: new Set<number>(), merged: new Set<number>() };
+    for (const { vid } of pages) touched.map.add(vid);
+    for (const key of overlays?.keys() ?? []) {
+      touched.overlays.add(vidOf(key));
+      if (this.#merging.has(vidOf(key))) touched.merged.add(vidOf(key));
+    }
+    return touched;
   }
 
   /**
-   * The vids of a change that the record has not told since the newest copy. A commit of the same moment may have told one, and its
-   * line may not be durable yet: that is rare, and it is told again.
+   * A copy begins, which has changes up to `change`: from here on the record says again what changes. What is being committed may
+   * not be in the copy, and is said now. Returns what it had said before; `durable`: see ChangeRecord.append.
    */
-  #news({ pages = [], overlays }: MetadataChange): Record<Said, Set<number>> {
-    const news = { map: new Set<number>(), overlays: new Set<number>(), merged: new Set<number>() };
-    const note = (kind: Said, vid: number): void => {
-      if (!this.#said[kind].has(vid)) news[kind].add(vid);
-    };
-    for (const { vid } of pages) note('map', vid);
-    for (const key of overlays?.keys() ?? []) {
-      const vid = vidOf(key);
-      note('overlays', vid);
-      if (this.#merging.has(vid)) note('merged', vid);
-    }
-    return news;
+  #sayAgain(change: number): { readonly before: Touched; readonly durable: Promise<void> | undefined } {
+    const before = this.#said;
+    this.#said = { map: new Set(), overlays: new Set(), merged: new Set() };
+    this.#copiedTo = change;
+    const lines = [...this.#committing].flatMap((touched) => linesOf(touched, this.#said));
+    return { before, durable: lines.length > 0 ? this.#record.append(lines).durable : undefined };
   }
 
   merges(vid: number): void {
@@ -325,9 +352,6 @@ export class MetadataCopies implements ChangeNoter {
     this.#mustGiveWay = false;
     try {
       this.#newest = await this.#writeCopy(isUrgent);
-      const { change } = this.#newest;
-      for (const said of Object.values(this.#said))
-        for (const [vid, number] of said) if (number <= change) said.delete(vid);
       this.#failures = 0;
       this.#hasWarned = false;
       this.#lastTookMs = performance.now() - startedAt;
@@ -350,6 +374,8 @@ export class MetadataCopies implements ChangeNoter {
     await this.#record.startAnew();
     // Before the state is read: what is stored by now is in it.
     const change = Math.min(this.#record.last, ...Array.from(this.#unstored, (first) => first - 1));
+    const { before, durable } = this.#sayAgain(change);
+    let isMade = false;
     const snapshot = metadata.snapshot();
     try {
       this.#mustHaveRoom(file, snapshot.state.pages * snapshot.state.pageSize);
@@ -375,12 +401,17 @@ export class MetadataCopies implements ChangeNoter {
       } finally {
         await disk.close(fd);
       }
+      // With the copy, and without these lines, too little would count as changed.
+      await durable;
       await disk.rename(file, path.join(this.#directory, `copy-${this.#lastNumber + 1}`));
       this.#lastNumber++;
+      isMade = true;
       syncDirectory(disk, this.#directory);
       return header;
     } finally {
       snapshot.release();
+      // The older copy counts, and what was said since that one.
+      if (!isMade) for (const kind of SAID) for (const vid of before[kind]) this.#said[kind].add(vid);
     }
   }
 
@@ -432,7 +463,7 @@ export class MetadataCopies implements ChangeNoter {
       const copies = copyFiles(names);
       for (const { name } of copies.slice(GENERATIONS)) disk.unlinkSync(path.join(this.#directory, name));
       const oldest = copies.slice(0, GENERATIONS).at(-1);
-      const from = oldest && headerOf(disk, path.join(this.#directory, oldest.name))?.change;
+      const from = oldest && readableHeader(disk, path.join(this.#directory, oldest.name))?.change;
       if (from !== undefined) this.#removeChangesUpTo(from, names);
     } catch (error) {
       this.#warn('old copies of the metadata could not be removed', error);
