@@ -4,7 +4,7 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, onTestFinished, test, vi } from 'vitest';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { MAX_LAYERS } from '../../src/store/local/overlay-writes.js';
 import { MANY_LAYERS } from '../../src/store/local/overlay-merger.js';
@@ -21,6 +21,8 @@ const BLOCK = 4096;
 const SIZE = 4 * OBJECT;
 /** No merge begins by itself. */
 const NEVER_MS = 2 ** 30;
+/** For what happens in the background. */
+const WAIT_MS = 15_000;
 
 let directory: string;
 let store: LocalStore;
@@ -359,6 +361,103 @@ describe('merging', () => {
     await store.reclaimed();
     expect(spaceOfObjects()).toBe(SIZE);
     await disk.check();
+  });
+});
+
+describe('the space of overlays that are gone', () => {
+  /** All names of segment files. */
+  const segmentFiles = (): string[] =>
+    fs.existsSync(path.join(directory, 'overlays')) ? fs.readdirSync(path.join(directory, 'overlays')) : [];
+
+  /** The store on a disk whose calls `name` on segment files wait for `go`. */
+  async function openHeld(name: string): Promise<{ readonly held: () => number; readonly go: () => void }> {
+    await catalog.close();
+    let held = 0;
+    let go = (): void => undefined;
+    const gate = new Promise<void>((resolve) => (go = resolve));
+    onTestFinished(() => go());
+    const disk = interpose(hostDisk, (call, proceed) => {
+      if (call.name !== name || !call.file.startsWith(path.join(directory, 'overlays'))) return proceed();
+      held++;
+      return gate.then(proceed);
+    });
+    await open({ disk, makesOnlyOverlays: true });
+    return { held: () => held, go };
+  }
+
+  test('is free also if the last overlay of a file goes while another one of it is punched out', async () => {
+    const { held, go } = await openHeld('punchHole');
+    await catalog.create('disk', SIZE, { blockSizeShift: Math.log2(OBJECT) });
+    const vdi = await catalog.openVdi('disk');
+    // A new segment file is punched from end to end as well.
+    const written = vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
+    go();
+    await written;
+    await catalog.close();
+    const again = await openHeld('punchHole');
+    const opened = await catalog.openVdi('disk');
+    await opened.trim(0, OBJECT, true);
+    await vi.waitFor(() => expect(again.held()).toBeGreaterThan(0), WAIT_MS);
+    await opened.trim(OBJECT, OBJECT, true);
+    again.go();
+    await vi.waitFor(() => expect(segmentFiles()).toEqual([]), WAIT_MS);
+    await catalog.release(opened);
+    expect(await problems()).toEqual([]);
+    expect(held()).toBeGreaterThan(0);
+  });
+
+  test('is free also if it is given up while the last files are removed', async () => {
+    const { held, go } = await openHeld('unlink');
+    const vdis: Vdi[] = [];
+    for (const name of ['a', 'b']) {
+      await catalog.create(name, SIZE, { blockSizeShift: Math.log2(OBJECT) });
+      vdis.push(await catalog.openVdi(name));
+    }
+    const [a, b] = vdis as [Vdi, Vdi];
+    for (const vdi of vdis) await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
+    expect(segmentFiles()).toHaveLength(2);
+    await a.trim(0, OBJECT, true);
+    await vi.waitFor(() => expect(held()).toBe(1), WAIT_MS);
+    await b.trim(0, OBJECT, true);
+    go();
+    await vi.waitFor(() => expect(segmentFiles()).toEqual([]), WAIT_MS);
+  });
+
+  test('is used again by an overlay that is made while the file goes', async () => {
+    const { held, go } = await openHeld('unlink');
+    await catalog.create('disk', SIZE, { blockSizeShift: Math.log2(OBJECT) });
+    const disk = new Disk(await catalog.openVdi('disk'));
+    await disk.write(0, OBJECT, 1);
+    await disk.trim(0, OBJECT);
+    await disk.vdi.flush();
+    await vi.waitFor(() => expect(held()).toBe(1), WAIT_MS);
+    const writes = [disk.write(100, BLOCK, 2), disk.write(2 * OBJECT, BLOCK, 3)];
+    go();
+    await Promise.all(writes);
+    await disk.check();
+    await store.reclaimed();
+    await reopen();
+    expect(await problems()).toEqual([]);
+    await checkContent(await catalog.openVdi('disk'), disk.content);
+  });
+
+  test('is free after an attempt to make an overlay that failed', async () => {
+    await catalog.close();
+    let isFull = true;
+    const disk = interpose(hostDisk, ({ name, file }, proceed) => {
+      if (isFull && name === 'truncate' && file.startsWith(path.join(directory, 'overlays')))
+        throw Object.assign(new Error('ENOSPC'), { code: 'ENOSPC', errno: -28, syscall: 'ftruncate' });
+      return proceed();
+    });
+    await open({ disk, makesOnlyOverlays: true });
+    await catalog.create('disk', SIZE, { blockSizeShift: Math.log2(OBJECT) });
+    const vdi = await catalog.openVdi('disk');
+    await expect(vdi.write(0, Buffer.alloc(BLOCK, 1), false)).rejects.toThrow();
+    await vi.waitFor(() => expect(segmentFiles()).toEqual([]), WAIT_MS);
+    isFull = false;
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
+    await catalog.release(vdi);
+    expect(await problems()).toEqual([]);
   });
 });
 

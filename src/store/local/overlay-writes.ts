@@ -10,7 +10,7 @@ import { segmentFile, segmentOffset, type Layers } from './layers.js';
 import { MAX_LOOP_WRITE } from './object-files.js';
 import { OVERLAY_BLOCK } from './overlay-records.js';
 import { SEGMENT_OBJECTS } from './overlays.js';
-import { localObjectKey } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { segmentOf, type SegmentSpace } from './segment-space.js';
 
 /** Overlays over each other at most, for one object. Reads cross no more layers than these, and the object at the bottom. */
@@ -367,30 +367,57 @@ export class OverlayWrites {
     changes: OverlayChanges,
     who: unknown,
   ): Promise<void> {
-    const { overlays, references, turns } = this.#layers;
     const key = localObjectKey(vid, idx);
     await this.#layers.prepare();
     await this.#space.takeBack(key);
-    await turns.run(key, async () => {
-      const quiet = new Quiet(changes);
-      await this.#ensureSegment(vid, idx, size, changes, who);
-      overlays.load(vid, idx);
-      // It exists after an attempt that failed: what it has was to be written then, or is as below.
-      if (below === vid) {
-        await this.#createOverNothing(vid, idx, size, who);
-      } else if (overlays.baseOf(vid, idx) === 0) {
-        const base = this.#visible(below, idx);
-        const isDeep = overlays.depthOf(base, idx) >= MAX_LAYERS;
-        const over = isDeep ? (overlays.layersOf(base, idx).at(-1) as number) : base;
-        overlays.add(vid, idx, over, size);
-        references.add(over, idx);
-        this.#empty.delete(segmentOf(key));
-        if (isDeep) await this.#gather(vid, idx, base, over, quiet, who);
+    await this.#layers.turns.run(key, async () => {
+      try {
+        await this.#createInTurn(vid, idx, below, size, offset, data, changes, who);
+      } catch (error) {
+        this.#leave(key);
+        throw error;
       }
-      if (data.length === 0) return;
-      if (below === vid) await this.#writeOwn(vid, idx, offset, data, quiet, who);
-      else await this.#fillNew(vid, idx, offset, data, quiet, who);
     });
+  }
+
+  async #createInTurn(
+    vid: number,
+    idx: number,
+    below: number,
+    size: number,
+    offset: number,
+    data: Buffer,
+    changes: OverlayChanges,
+    who: unknown,
+  ): Promise<void> {
+    const { overlays, references } = this.#layers;
+    const key = localObjectKey(vid, idx);
+    const quiet = new Quiet(changes);
+    // Asked again after a wait: the last overlay of the segment may have gone meanwhile, and the file with it.
+    while (!this.#hasSegment(key)) await this.#makeSegment(key, size, changes, who);
+    overlays.load(vid, idx);
+    // It exists after an attempt that failed: what it has was to be written then, or is as below.
+    if (below === vid) {
+      await this.#createOverNothing(vid, idx, size, who);
+    } else if (overlays.baseOf(vid, idx) === 0) {
+      const base = this.#visible(below, idx);
+      const isDeep = overlays.depthOf(base, idx) >= MAX_LAYERS;
+      const over = isDeep ? (overlays.layersOf(base, idx).at(-1) as number) : base;
+      overlays.add(vid, idx, over, size);
+      references.add(over, idx);
+      this.#empty.delete(segmentOf(key));
+      if (isDeep) await this.#gather(vid, idx, base, over, quiet, who);
+    }
+    if (data.length === 0) return;
+    if (below === vid) await this.#writeOwn(vid, idx, offset, data, quiet, who);
+    else await this.#fillNew(vid, idx, offset, data, quiet, who);
+  }
+
+  /** It could not be made. One that was added goes with its reference; a file in which there is no overlay goes now. */
+  #leave(key: number): void {
+    if (this.#layers.overlays.baseOf(vidOf(key), idxOf(key)) !== 0) return;
+    this.#empty.delete(segmentOf(key));
+    this.#space.free(key);
   }
 
   /** What an earlier overlay of the name has left in the file would be its content. */
@@ -429,23 +456,26 @@ export class OverlayWrites {
     }
   }
 
-  /** Make the segment file, if no overlay is in it. `size`: of an object, bytes. */
-  async #ensureSegment(vid: number, idx: number, size: number, changes: OverlayChanges, who: unknown): Promise<void> {
-    const { overlays, segments } = this.#layers;
-    const number = idx >>> 8;
-    const segment = localObjectKey(vid, number);
-    if (overlays.inSegment(vid, number) > 0 || this.#empty.has(segment)) return;
+  #hasSegment(key: number): boolean {
+    const segment = segmentOf(key);
+    return this.#layers.overlays.inSegment(vidOf(segment), idxOf(segment)) > 0 || this.#empty.has(segment);
+  }
+
+  /** Make the segment file, in which no overlay is. `size`: of an object, bytes. */
+  async #makeSegment(key: number, size: number, changes: OverlayChanges, who: unknown): Promise<void> {
+    const segment = segmentOf(key);
     let making = this.#making.get(segment);
     if (making === undefined) {
       this.#space.forget(segment);
       changes.making(segmentFile(segment));
-      making = segments
+      making = this.#layers.segments
         .create(segment, SEGMENT_OBJECTS * size, 0, NOTHING, undefined, who)
-        .then(() => {
-          this.#empty.add(segment);
+        .then(() => void this.#empty.add(segment))
+        .finally(() => {
+          this.#making.delete(segment);
+          // Also after a failure, which may leave an empty file.
           changes.made(segmentFile(segment));
-        })
-        .finally(() => this.#making.delete(segment));
+        });
       this.#making.set(segment, making);
     }
     await making;

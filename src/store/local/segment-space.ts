@@ -37,13 +37,17 @@ export class SegmentSpace {
     this.#turns = turns;
   }
 
-  /** `size`: of an object, bytes. */
-  free(key: number, onError: (error: unknown) => void): void {
+  /** The overlay's space is not needed any more. `onError` gets what goes wrong from here on. */
+  free(key: number, onError = this.#onError): void {
     const segment = segmentOf(key);
     const keys = this.#waiting.get(segment);
     if (keys) keys.add(key);
     else this.#waiting.set(segment, new Set([key]));
     this.#onError = onError;
+    this.#later();
+  }
+
+  #later(): void {
     if (this.#working === undefined) this.#timer ??= setTimeout(() => this.#begin(), DELAY_MS).unref();
   }
 
@@ -79,22 +83,23 @@ export class SegmentSpace {
     this.#timer = undefined;
     this.#working = this.#work().finally(() => {
       this.#working = undefined;
+      if (this.#waiting.size > 0) this.#later();
     });
   }
 
   async #work(): Promise<void> {
     for (let next = this.#waiting.entries().next(); !next.done; next = this.#waiting.entries().next()) {
       const [segment, keys] = next.value;
-      if (this.#overlays.inSegment(vidOf(segment), idxOf(segment)) === 0) {
-        this.#waiting.delete(segment);
-        if (keys.size > 0) this.#segments.remove(segment, this.#onError);
-        continue;
-      }
+      // Asked again after each wait: meanwhile the last overlay may have gone, or its space may be in use again.
       for (const key of keys) {
+        if (this.#overlays.inSegment(vidOf(segment), idxOf(segment)) === 0) {
+          this.#segments.remove(segment, this.#onError);
+          break;
+        }
         keys.delete(key);
         if (this.#overlays.baseOf(vidOf(key), idxOf(key)) === 0) await this.#punch(key);
       }
-      if (keys.size === 0) this.#waiting.delete(segment);
+      if (this.#waiting.get(segment) === keys) this.#waiting.delete(segment);
     }
     await this.#segments.removed();
   }
