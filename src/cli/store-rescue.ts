@@ -107,7 +107,9 @@ function linesOf(plan: Plan, dir: string): string[] {
         'or written and not flushed',
     );
   for (const note of plan.notes) lines.push(`note: ${note}`);
-  lines.push(`needs ${formatSize(plan.bytes)} in the new place, for ${plan.objects.size + plan.overlays.length} objects`);
+  lines.push(
+    `needs ${formatSize(plan.bytes)} in the new place, for ${plan.objects.size + plan.overlays.length} objects`,
+  );
   lines.push(plan.isCertain ? 'everything is certain' : 'not everything is certain');
   return lines;
 }

@@ -25,7 +25,7 @@ const FIRST_WRITE = 1_000_000;
 /** What stays when a store is empty, beside LMDB's files: the copies of the metadata say that it is. */
 const STAYS = new Set(['lock', 'copies']);
 /** So often the store is rescued as well, without its meta.mdb. */
-const RESCUES = 1;
+const RESCUES = 0.15;
 
 /** Larger than a disk of a workload. */
 const BUFFER_BYTES = 3 * 2 ** 20;
@@ -99,7 +99,6 @@ async function checkRescue(state: State): Promise<void> {
     const opened = await Opened.open(machine, disk, new Map(), 'rescued');
     await opened.using(async ({ catalog }) => {
       const certain = plan.vdis.filter(({ isCertain }) => isCertain).map(({ record }) => labelOfVdi(record));
-      console.error('RESCUE', plan.base, plan.isCertain, certain.length, plan.vdis.length);
       await findAll(catalog, model, at, loss, reused(), plan.isCertain ? undefined : new Set(certain));
       if (plan.vdis.every(({ lost }) => lost.length === 0)) await mustBeClean(catalog);
     });

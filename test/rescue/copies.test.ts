@@ -1,4 +1,5 @@
 /** Copies of the metadata: when they are made, that they cost writers nothing, and that their failure is a warning and no more. */
+import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -153,4 +154,26 @@ test('a store in use is refused', async () => {
   const rescue = rescueStore(workload.directory, undefined, { isDry: true, force: false });
   await expect(rescue).rejects.toMatchObject({ code: 'LOCKED' });
   await workload.stop();
+});
+
+test('a copy that is no file keeps nothing from working, and goes with the next copies', async () => {
+  const { workload, name } = await withDisk();
+  await workload.write(name);
+  await workload.stop();
+  const copies = path.join(workload.directory, 'copies');
+  for (const each of ['copy-7', 'changes-9000']) execFileSync('mkfifo', [path.join(copies, each)]);
+  const lines: string[] = [];
+  await workload.start({ log: (line) => void lines.push(line) });
+  for (let n = 0; n < 3; n++) {
+    await workload.catalog.snapshot(name, `tag${n}`);
+    await workload.store.copies.copy(true);
+  }
+  await workload.stop();
+  expect(lines.length).toBeLessThanOrEqual(1);
+  await workload.start();
+  expect((await workload.catalog.check({ repair: false })).problems).toEqual([]);
+  await workload.stop();
+  fs.rmSync(path.join(workload.directory, 'meta.mdb'));
+  const { plan } = await rescueStore(workload.directory, undefined, { isDry: true, force: false });
+  expect(plan.isCertain, JSON.stringify([plan.notes, plan.vdis.map(({ reasons }) => reasons)])).toBe(true);
 });

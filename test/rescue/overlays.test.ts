@@ -5,7 +5,8 @@ import { describe, expect, test } from 'vitest';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { byLength } from '../harness/length.js';
-import { busy, compare, rescued } from './rescued.js';
+import { busy, compare, listing, rescued, type Plan } from './rescued.js';
+import { contentsOf, OBJECT, Workload } from './workload.js';
 
 const KINDS: readonly [string, LocalStoreOptions][] = [
   ['every object an overlay', { makesOnlyOverlays: true }],
@@ -81,4 +82,73 @@ describe('meta.mdb of a store with overlays is deleted', () => {
       await expectUsable(to);
     },
   );
+
+  test('two rescues give the same, and the damaged store is not changed', async () => {
+    const workload = await busy(300, 30, 10, { mergeDelayMs: 0 });
+    await workload.flushAll();
+    const crashed = workload.crash({ isSameBoot: false });
+    await workload.stop();
+    fs.rmSync(path.join(crashed, 'meta.mdb'));
+    const before = listing(crashed);
+    const [first, second] = [await rescued(crashed), await rescued(crashed)];
+    const told = ({ vdis, lost, overlays, objects }: Plan): string =>
+      JSON.stringify([vdis, lost, overlays, [...objects.keys()].sort()]);
+    expect(told(first.plan)).toBe(told(second.plan));
+    expect(await contentsOf(first.to)).toEqual(await contentsOf(second.to));
+    expect(listing(crashed)).toEqual(before);
+  });
+
+  test('a lost segment file: the parts that were in it are listed, reads of them fail, and the others are there', async () => {
+    const workload = new Workload(301);
+    await workload.start();
+    await workload.catalog.create('disk', OBJECT, { blockSizeShift: 20 });
+    const vdi = await workload.vdi('disk');
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await workload.catalog.snapshot('disk', 'monday');
+    await vdi.write(8192, Buffer.alloc(4096, 2), false);
+    await vdi.flush();
+    await workload.stop();
+    const { directory } = workload;
+    fs.rmSync(path.join(directory, 'meta.mdb'));
+    fs.rmSync(path.join(directory, 'overlays/0000000200000000'));
+    const { plan, to } = await rescued(directory);
+    const [working, snapshot] = [false, true].map((is) => plan.vdis.find(({ record }) => record.isSnapshot === is));
+    expect(snapshot?.isCertain).toBe(true);
+    expect(working).toMatchObject({ isCertain: false, lost: [{ from: 8192, to: 12288 }], newer: [], merged: [] });
+    const store = await LocalStore.open(to, { mayCreate: false });
+    const catalog = new VdiCatalog(store);
+    const rescuedVdi = await catalog.openVdi('disk');
+    const data = Buffer.alloc(8192);
+    await rescuedVdi.read(0, data);
+    expect(data.equals(Buffer.alloc(8192, 1))).toBe(true);
+    await expect((async () => rescuedVdi.read(8192, Buffer.alloc(4096)))()).rejects.toThrow();
+    await catalog.release(rescuedVdi);
+    const { problems } = await catalog.check({ repair: false });
+    expect(problems.join()).toContain('lost: parts of disk');
+    await catalog.close();
+    await store.close();
+  });
+
+  test('blocks that are newer than the copy are there, and listed with their ranges', async () => {
+    const workload = new Workload(302);
+    await workload.start();
+    await workload.catalog.create('disk', OBJECT, { blockSizeShift: 20 });
+    const vdi = await workload.vdi('disk');
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await workload.catalog.snapshot('disk', 'monday');
+    await vdi.write(0, Buffer.alloc(4096, 2), true);
+    await workload.store.copies.copy(true);
+    await vdi.write(40_960, Buffer.alloc(100, 3), true);
+    const crashed = workload.crash({ isSameBoot: false });
+    await workload.stop();
+    fs.rmSync(path.join(crashed, 'meta.mdb'));
+    const { plan, to } = await rescued(crashed);
+    const working = plan.vdis.find(({ record }) => !record.isSnapshot);
+    expect(working).toMatchObject({ isCertain: false, newer: [{ from: 40_960, to: 45_056 }], merged: [], lost: [] });
+    expect(plan.vdis.find(({ record }) => record.isSnapshot)?.isCertain).toBe(true);
+    const expected = Buffer.alloc(OBJECT, 1).fill(2, 0, 4096).fill(3, 40_960, 41_060);
+    const found = await contentsOf(to);
+    expect(found.get('disk')?.equals(expected)).toBe(true);
+    expect(found.get('disk@monday')?.equals(Buffer.alloc(OBJECT, 1))).toBe(true);
+  });
 });

@@ -3,10 +3,9 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { rescueStore, type Rescued } from '../../src/store/local/rescue.js';
-import { labelOfVdi } from '../../src/store/vdi-record.js';
+import { rescueStore } from '../../src/store/local/rescue.js';
 import { byLength } from '../harness/length.js';
-import { busy, compare, PAGE, rescued, type Plan } from './rescued.js';
+import { busy, compare, listing, PAGE, rescued, type Plan } from './rescued.js';
 import { contentsOf, scratchDirectory, Workload } from './workload.js';
 
 const SEEDS = Array.from({ length: byLength({ quick: 3, full: 4, long: 300 }) }, (_, n) => n + 1);
@@ -105,16 +104,6 @@ function objectsIn(directory: string): string[] {
   return fs
     .readdirSync(path.join(directory, 'objects'), { recursive: true, encoding: 'utf8' })
     .filter((name) => name.length > 2)
-    .sort();
-}
-
-function listing(directory: string): string[] {
-  return fs
-    .readdirSync(directory, { recursive: true, encoding: 'utf8' })
-    .map((name) => {
-      const { size, mtimeMs, ino } = fs.lstatSync(path.join(directory, name));
-      return `${name} ${size} ${mtimeMs} ${ino}`;
-    })
     .sort();
 }
 

@@ -1,4 +1,5 @@
 /** Rescues of workloads, and what each must show: shared by the tests of `store rescue`. */
+import fs from 'node:fs';
 import path from 'node:path';
 import { expect } from 'vitest';
 import type { LocalStoreOptions } from '../../src/store/local/local-store.js';
@@ -41,4 +42,15 @@ export async function busy(
   await workload.store.copies.copy(true);
   for (let n = 0; n < after; n++) await workload.step();
   return workload;
+}
+
+/** Everything in it, with sizes, times and inode numbers. */
+export function listing(directory: string): string[] {
+  return fs
+    .readdirSync(directory, { recursive: true, encoding: 'utf8' })
+    .map((name) => {
+      const { size, mtimeMs, ino } = fs.lstatSync(path.join(directory, name));
+      return `${name} ${size} ${mtimeMs} ${ino}`;
+    })
+    .sort();
 }

@@ -373,7 +373,7 @@ class Planner {
     const gone = new DiskRanges(record);
     const suspect: number[] = [];
     const owners = new Set(map);
-    let hasNewOverlays = false;
+    const changedObjects = new Set<number>();
     map.forEach((owner, idx) => {
       if (vdi.newer.has(idx)) newer.addObject(idx);
       if (vdi.merged.has(idx)) merged.addObject(idx);
@@ -383,7 +383,7 @@ class Planner {
         if (unused?.get(idx)?.some((vid) => owners.has(vid) || vid === record.vid)) suspect.push(idx);
         return;
       }
-      hasNewOverlays ||= overlays.hasChanged(owner, idx);
+      if (overlays.hasChanged(owner, idx)) changedObjects.add(idx);
       for (const run of overlays.layers(owner, idx, blocksOf(size))) {
         if (overlays.isLost(run.vid, idx, size)) lost.addBlocks(idx, run);
         for (const part of overlays.uncertainIn(run, idx, 'taken')) newer.addBlocks(idx, part);
@@ -394,7 +394,7 @@ class Planner {
     const reasons: string[] = [];
     if (doubt !== undefined) reasons.push(doubt);
     else if (vdi.isChanged) reasons.push('its map has changed since the copy');
-    else if (hasNewOverlays) reasons.push('blocks of its objects have changed since the copy');
+    else if (changedObjects.size > 0) reasons.push('blocks of its objects have changed since the copy');
     if (!record.isSnapshot && doubtfulLogs !== undefined)
       reasons.push('answered writes that were not flushed may be missing');
     if (suspect.length > 0) reasons.push(`${suspect.length} objects that may be its own are in no map`);

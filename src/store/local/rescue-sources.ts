@@ -218,7 +218,10 @@ export function readChangesAbove(disk: HostDisk, directory: string, above: numbe
   const changes: NumberedChange[] = [];
   let session: string | undefined;
   let store: string | undefined;
-  for (const { name, first, isIncomplete } of changesFiles(namesIn(disk, folder, problems))) {
+  const files = changesFiles(namesIn(disk, folder, problems));
+  for (const [n, { name, first, isIncomplete }] of files.entries()) {
+    // Another file goes on within the copy: nothing of this one is needed.
+    if ((files[n + 1]?.first ?? Infinity) <= above + 1) continue;
     try {
       const found = readChanges(disk, path.join(folder, name));
       const last = found.changes.at(-1)?.number ?? 0;
