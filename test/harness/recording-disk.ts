@@ -52,7 +52,6 @@ export type Recorded = Change & {
 };
 
 const DATABASE_PAGE = 4096;
-const SPARSE_CHUNK = 2 ** 20;
 /** Longer than any file: a clone copies all of it. */
 const WHOLE = Number.MAX_SAFE_INTEGER;
 
@@ -349,26 +348,10 @@ export class RecordingDisk {
       else if (file.kind === 'directory') fs.mkdirSync(full, { recursive: true });
       else {
         const { bytes, size } = fileOf(file.id);
-        writeSparse(full, bytes.subarray(0, size));
+        fs.writeFileSync(full, bytes.subarray(0, size));
       }
     }
   }
-}
-
-/** With holes where it has zeros: segment files are long. */
-function writeSparse(file: string, bytes: Buffer): void {
-  const fd = fs.openSync(file, 'w');
-  const zeros = Buffer.alloc(SPARSE_CHUNK);
-  for (let at = 0; at < bytes.length; at += SPARSE_CHUNK) {
-    const chunk = bytes.subarray(at, at + SPARSE_CHUNK);
-    if (chunk.equals(zeros.subarray(0, chunk.length))) continue;
-    for (let from = 0; from < chunk.length; from += DATABASE_PAGE) {
-      const part = chunk.subarray(from, from + DATABASE_PAGE);
-      if (!part.equals(zeros.subarray(0, part.length))) fs.writeSync(fd, part, 0, part.length, at + from);
-    }
-  }
-  fs.ftruncateSync(fd, bytes.length);
-  fs.closeSync(fd);
 }
 
 /** The name of the directory itself is in a directory that is not recorded. */

@@ -14,6 +14,7 @@ import { ChangeRecord, changesFiles } from './change-record.js';
 import { databasesOf } from './lmdb-pages.js';
 import type { ChangeNoter, Metadata, MetadataChange, Noted } from './metadata.js';
 import { COPY_HEADER_BYTES, copyProblem, CopyWriter, parseHeader, type CopyHeader } from './metadata-copy-format.js';
+import type { Overlays } from './overlays.js';
 import { openPlainFile } from './plain-file.js';
 import { vidOf } from './reference-counts.js';
 import { rescueOf } from './rescue-advice.js';
@@ -60,6 +61,7 @@ export interface CopiedStore {
   readonly disk: HostDisk;
   readonly location: string;
   readonly metadata: Metadata;
+  readonly overlays: Pick<Overlays, 'uses'>;
   /** Nothing is copied or recorded then. */
   readonly readOnlyBecause: string | undefined;
   /** For the operator. */
@@ -438,6 +440,8 @@ export class MetadataCopies implements ChangeNoter {
     writer.use(CREATION_VIDS);
     for (const [vid, of] of [...this.#creationVids].slice(-MAX_CREATION_VIDS))
       await writer.add(CREATION_VIDS, Buffer.from(String(vid)), Buffer.from(String(of)));
+    // Of a vid without overlays, no merge has left anything.
+    for (const vid of [...this.#merging]) if (!this.#store.overlays.uses(vid)) this.#merging.delete(vid);
     for (const vid of this.#merging) await writer.add(MERGED_VIDS, Buffer.from(String(vid)), Buffer.alloc(0));
   }
 
