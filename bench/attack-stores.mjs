@@ -14,7 +14,7 @@ const OWNERS = 4000;
 /** `kind`: few (data, empty with the snapshot s, holes, full, scratch, flushed-0 …) or many (data, and `vdis` empty ones). */
 export async function prepare({ dist, store: location, kind, vdis }) {
   const { LocalStore } = await import(path.join(dist, 'store/local/local-store.js'));
-  const { pagesOf } = await import(path.join(dist, 'store/local/metadata.js'));
+  const { pagesOf } = await import(path.join(dist, 'store/local/map-pages.js'));
   const { VdiCatalog } = await import(path.join(dist, 'vdi/catalog.js'));
   const store = await LocalStore.open(location);
   const catalog = new VdiCatalog(store);

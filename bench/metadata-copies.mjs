@@ -19,6 +19,7 @@ const USAGE = `usage: node bench/metadata-copies.mjs [options]
   --rounds N      rounds (default 5)
   --seconds S     length of a measurement (default 5)
   --snapshots N   snapshots that the disk has (default 200)
+  --every MS      time between copies (default 60000, as usual)
   --maps N        maps of 1 TiB, fully mapped, that are copied (default 1,100)
   --dir DIR       where the data is put (default: the temporary directory)`;
 const values = readOptions({
@@ -30,6 +31,7 @@ const values = readOptions({
     rounds: { type: 'string', default: '5' },
     seconds: { type: 'string', default: '5' },
     snapshots: { type: 'string', default: '200' },
+    every: { type: 'string', default: '60000' },
     maps: { type: 'string', default: '1,100' },
     dir: { type: 'string', default: os.tmpdir() },
     child: { type: 'string' },
@@ -41,8 +43,6 @@ const SIZE = 2 ** 30;
 const TIB = 2 ** 40;
 const PAGE_ENTRIES = 1024;
 const BLOCK = 4096;
-/** A copy is made this soon after changes, and so often, so that several fall into a measurement. */
-const COPIES = { delayMs: 200, everyMs: 1000, share: 1 };
 const round = (number, digits = 2) => Number(number.toFixed(digits));
 const at = (sorted, part) => sorted[Math.min(sorted.length - 1, Math.floor(part * sorted.length))];
 const median = (list) =>
@@ -55,7 +55,8 @@ const load = async (file) => import(pathToFileURL(path.join(path.resolve(values.
 async function flushes(directory) {
   const { LocalStore } = await load('store/local/local-store.js');
   const { VdiCatalog } = await load('vdi/catalog.js');
-  const store = await LocalStore.open(directory, { copies: COPIES });
+  const everyMs = Number(values.every);
+  const store = await LocalStore.open(directory, { copies: { delayMs: Math.min(everyMs, 5000), everyMs } });
   const catalog = new VdiCatalog(store);
   await catalog.create('vm', SIZE, { blockSizeShift: 22 });
   const vdi = await catalog.openVdi('vm');
@@ -135,7 +136,7 @@ async function copyOf(directory, maps) {
 function child(what, dist) {
   const directory = fs.mkdtempSync(path.join(path.resolve(values.dir), 'sheepgate-copies-'));
   const args = [fileURLToPath(import.meta.url), '--child', `${what} ${directory}`, '--dist', dist];
-  for (const name of ['seconds', 'snapshots']) args.push(`--${name}`, String(values[name]));
+  for (const name of ['seconds', 'snapshots', 'every']) args.push(`--${name}`, String(values[name]));
   try {
     return JSON.parse(execFileSync(process.execPath, args, { encoding: 'utf8' }));
   } finally {

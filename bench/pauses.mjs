@@ -1,8 +1,8 @@
 /**
  * The effect of snapshots on a writer, on a large, fully allocated disk: the latencies of 4 KiB writes, and the longest turn of
- * the event loop (in CPU time, which other load on the machine does not change), while NAME@now is opened and closed in a loop
- * and snapshots are taken, listed and deleted. The map is full, but most of its entries have no file: only maps are measured.
- * Owns everything that it makes.
+ * the event loop (in CPU time, which other load on the machine does not change), while NAME@now is opened and closed in a loop,
+ * snapshots are taken, listed and deleted, and overlays are merged. The map is full, but most of its entries have no file: only
+ * maps are measured. Owns everything that it makes.
  *
  *     npm run build && node bench/pauses.mjs [--objects 262144] [--depth 1] [--seconds 3] [--dist DIST] [--dir DIR]
  *
@@ -47,11 +47,13 @@ const OWNERS = 4000;
 /** Neighbours have the same owner, as after sequential writes: counts are kept in pages. */
 const OWNER_RUN_SHIFT = 5;
 const FIRST_OWNER = 100_000;
+/** Snapshots that exist at a time, of those taken in a loop. */
+const KEPT = 4;
 
 const dist = path.resolve(values.dist);
 const load = (file) => import(path.join(dist, file));
 const { LocalStore } = await load('store/local/local-store.js');
-const { pagesOf } = await load('store/local/metadata.js');
+const { pagesOf } = await load('store/local/map-pages.js');
 const { VdiCatalog } = await load('vdi/catalog.js');
 const { VdiExports } = await load('export/vdi-exports.js');
 const { NbdServer, NbdClient } = await import('nbd-server-ts');
@@ -131,6 +133,8 @@ async function phase(name, work) {
 }
 
 const opens = [];
+let snapshots = 0;
+let toMerge = 0;
 await phase('nothing', async () => undefined);
 await phase('NAME@now in a loop', async () => {
   for (const end = performance.now() + SECONDS * 1000; performance.now() < end;) {
@@ -159,20 +163,43 @@ await phase('open, close snapshot', async () => catalog.release(await catalog.op
 await phase('vdi clone', () => catalog.clone('disk@s', 'clone'));
 await phase('vdi delete clone', () => catalog.remove('clone'));
 await phase('vdi delete snapshot', () => catalog.remove('disk@s'));
+await phase('snapshots in a loop', async () => {
+  let count = 0;
+  for (const end = performance.now() + SECONDS * 1000; performance.now() < end; count++) {
+    await catalog.snapshot('disk', `loop${count}`);
+    if (count >= KEPT) await catalog.remove(`disk@loop${count - KEPT}`);
+  }
+  for (let n = Math.max(0, count - KEPT); n < count; n++) await catalog.remove(`disk@loop${n}`);
+  snapshots = count;
+});
+if (store.merging !== undefined) {
+  await store.merger.settled();
+  store.merging.pause(true);
+  await catalog.snapshot('disk', 'merged');
+  await new Promise((resolve) => setTimeout(resolve, SECONDS * 1000));
+  await catalog.remove('disk@merged');
+  toMerge = (await store.merging.state()).bytes;
+  await phase('merging', async () => {
+    store.merging.pause(false);
+    await store.merger.settled();
+  });
+}
 writer.stdin.end();
 console.log(`${OBJECTS} objects of 4 MiB, ${DEPTH} writes of 4 KiB at a time; milliseconds`);
-console.log('phase                     took   loop held   writes  p50     p99     p99.9   max');
+console.log('phase                     took   loop held   writes  p50     p99     p99.9   max     p99 / nothing');
+let usual;
 for await (const line of lines) {
   const { phase: name, writes, p50, p99, p999, max } = JSON.parse(line);
   const ms = (us) => (us / 1000).toFixed(2).padEnd(8);
   console.log(
     `${name.padEnd(24)} ${took[name].toFixed(0).padStart(6)}   ${held[name].toFixed(1).padStart(6)}   ` +
-      `${String(writes).padStart(8)}  ${ms(p50)}${ms(p99)}${ms(p999)}${ms(max)}`,
+      `${String(writes).padStart(8)}  ${ms(p50)}${ms(p99)}${ms(p999)}${ms(max)}${(p99 / (usual ??= p99)).toFixed(2)}`,
   );
 }
 opens.sort((a, b) => a - b);
 console.log(
   `NAME@now opened ${opens.length} times: median ${opens[opens.length >> 1].toFixed(1)} ms, longest ${opens.at(-1).toFixed(1)} ms`,
 );
+console.log(`${snapshots} snapshots taken and deleted in a loop; ${(toMerge / 2 ** 20).toFixed(1)} MiB to merge`);
 await server.close({ graceMs: 1000 });
 process.exit(0);

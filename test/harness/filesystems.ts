@@ -40,8 +40,11 @@ export function mountTmpfs(size: string): string | undefined {
 }
 
 /** On a loop device that the unmount detaches. */
-export function mountImage(type: 'ext4' | 'xfs', bytes: number): string | undefined {
-  const image = path.join(temporaryDirectory(), 'image');
+export function mountImage(
+  type: 'ext4' | 'xfs',
+  bytes: number,
+  image = path.join(temporaryDirectory(), 'image'),
+): string | undefined {
   fs.closeSync(fs.openSync(image, 'w'));
   fs.truncateSync(image, bytes);
   try {
@@ -50,6 +53,11 @@ export function mountImage(type: 'ext4' | 'xfs', bytes: number): string | undefi
     return undefined;
   }
   return mount(['-o', 'loop', image], image);
+}
+
+/** A filesystem that is in `image` already, also one of which another copy is mounted. */
+export function mountCopy(type: 'ext4' | 'xfs', image: string): string | undefined {
+  return mount(['-o', type === 'xfs' ? 'loop,nouuid' : 'loop', image], image);
 }
 
 /** A disk of `bytes` that can store only as much as `within` has room for: a thin volume of a pool that is too small. */

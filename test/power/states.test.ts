@@ -7,7 +7,7 @@ import { memoryDirectory } from '../harness/daemon.js';
 import { byLength } from '../harness/length.js';
 import { enumerate, newProgress } from './enumerate.js';
 
-const STATES = byLength({ quick: 200, full: 1000, long: 20_000 });
+const STATES = byLength({ quick: 200, full: 2000, long: 20_000 });
 const SEED = process.env['SHEEPGATE_POWER_SEED'] ?? 'q4';
 const TIMEOUT_MS = 60 * 60_000;
 

@@ -10,6 +10,7 @@ import { NbdClient } from 'nbd-server-ts';
 import { afterEach, describe, expect, test } from 'vitest';
 import { logHeader, mapLogDirectory } from '../../src/store/local/map-log-format.js';
 import { hostDisk } from '../../src/system/real-disk.js';
+import { LONG_BYTES } from '../../src/store/local/map-log.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
@@ -18,6 +19,9 @@ import { FailingDisk, systemError, WRITES } from '../harness/failing-disk.js';
 import { mountAgain, mountImage, shutDown } from '../harness/filesystems.js';
 
 const OBJECT = 2 ** 20;
+const BLOCK = 4096;
+/** Bytes of an entry in a log. */
+const ENTRY = 24;
 const SIZE = 8 * OBJECT;
 /** The least that XFS accepts. */
 const DISK = 512 * OBJECT;
@@ -120,6 +124,40 @@ test('an older log over a newer map undoes nothing: each entry belongs to a flus
   }
 });
 
+test('the log of a client that never flushes stays short, and what it has answered survives a kill', async () => {
+  const { directory, store, catalog } = await newStore();
+  const entries = Math.ceil((1.5 * LONG_BYTES) / ENTRY);
+  const size = 2 * entries * BLOCK;
+  await catalog.create('big', size, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('big');
+  for (let at = 0; at < size; at += OBJECT) await vdi.write(at, Buffer.alloc(Math.min(OBJECT, size - at), 1), false);
+  await catalog.snapshot('big', 's');
+  // All objects are overlays before, so that nothing else asks for a flush.
+  for (let at = 0; at < size; at += OBJECT) await vdi.trim(at, BLOCK, false);
+  await vdi.flush();
+  let longest = 0;
+  // Every second block: each is an entry of its own.
+  for (let n = 0; n < entries; n++) {
+    await vdi.trim((2 * n + 1) * BLOCK, BLOCK, false);
+    if (n % 1000 > 0) continue;
+    for (const log of logsOf(directory)) longest = Math.max(longest, fs.statSync(log).size);
+  }
+  expect(longest).toBeGreaterThan(LONG_BYTES / 2);
+  expect(longest).toBeLessThan(1.2 * LONG_BYTES);
+  const copy = copyOf(directory);
+  makeFit(copy, store.logs.session);
+  const killed = await open(copy);
+  const after = await killed.catalog.openVdi('big');
+  const block = Buffer.alloc(2 * BLOCK);
+  for (let n = 0; n < entries; n++) {
+    await after.read(2 * n * BLOCK, block);
+    const isRight =
+      block.readUInt8(BLOCK - 1) === (n % (OBJECT / BLOCK / 2) === 0 ? 0 : 1) && block.readUInt8(BLOCK) === 0;
+    if (!isRight) expect.fail(`block ${2 * n}`);
+  }
+  expect(setAside(copy)).toEqual([]);
+});
+
 test('the log has the content of the VDI after a snapshot, whether the snapshot was stored or not', async () => {
   const { directory, store, catalog, vdi } = await newStore();
   await write(vdi, 0, 'before');
@@ -197,8 +235,6 @@ for (const what of ['a VDI', 'a VDI and its snapshot', 'a VDI whose last flush h
     expect((await after.catalog.check({ repair: false })).problems).toEqual([]);
   });
 }
-
-const ENTRY = 24;
 
 /** The first entry of a log of `vid`. */
 function begins(vid: number): Buffer {

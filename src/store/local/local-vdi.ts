@@ -97,6 +97,7 @@ export class LocalVdi implements ObjectVdi {
     this.map = map;
     this.#creationVid = record.vid;
     this.#log = log;
+    log.onLong = () => this.#flushUnasked();
     this.#onClosed = onClosed;
     this.notes = new OverlayNotes(
       this.#changes,
@@ -527,13 +528,17 @@ export class LocalVdi implements ObjectVdi {
     if (this.#changes.releases.length >= RELEASE_BATCH) {
       clearTimeout(this.#releaseTimer);
       this.#releaseTimer = undefined;
-      this.flush().catch((error: unknown) => this.#host.backgroundError(error));
+      this.#flushUnasked();
       return;
     }
     this.#releaseTimer ??= setTimeout(() => {
       this.#releaseTimer = undefined;
-      if (this.#changes.releases.length > 0) this.flush().catch((error: unknown) => this.#host.backgroundError(error));
+      if (this.#changes.releases.length > 0) this.#flushUnasked();
     }, RELEASE_DELAY_MS).unref();
+  }
+
+  #flushUnasked(): void {
+    this.flush().catch((error: unknown) => this.#host.backgroundError(error));
   }
 
   async #commit(): Promise<void> {

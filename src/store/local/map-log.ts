@@ -27,6 +27,8 @@ import type { WriteThrottle } from './write-throttle.js';
 
 /** A flush begins a new file when the present one is longer than this: files stay small, and new files stay rare. */
 const ROTATE_BYTES = 64 * 1024;
+/** A file that is longer than this asks for a flush: of a client that never flushes, the log would grow with every new block. */
+export const LONG_BYTES = 2 ** 20;
 /** Changes that are kept in memory while the log cannot be written, until the flush in progress is durable. */
 const MAX_MISSED = 4096;
 
@@ -63,6 +65,9 @@ export class MapLog {
   #old: string[] = [];
   #file: LogFile | undefined;
   #isBroken = false;
+  /** Called once for each file that has become long. */
+  onLong: (() => void) | undefined;
+  #isLong = false;
   /** Changes since the flush in progress began, while the log is broken; undefined if they are not complete. */
   #missed: { readonly vid: number; readonly entries: [number, number, number, number][] } | undefined;
   /** Entries that wait for the thread pool, and the first entry of a file, in case they begin one. */
@@ -199,11 +204,18 @@ export class MapLog {
       this.#file ??= this.#folder.create(headOf(vid, generation));
       const entry = fillEntry(this.#entry, kind, first, second, generation);
       writeWhole(this.#disk, this.#file.name, this.#file.fd, entry, this.#file.length);
-      this.#file.length += ENTRY_BYTES;
+      this.#grow(this.#file, ENTRY_BYTES);
       this.#throttle.note(start);
     } catch (error) {
       this.#fail(error);
     }
+  }
+
+  #grow(file: LogFile, bytes: number): void {
+    file.length += bytes;
+    if (file.length <= LONG_BYTES || this.#isLong) return;
+    this.#isLong = true;
+    this.onLong?.();
   }
 
   get #isBusy(): boolean {
@@ -249,7 +261,7 @@ export class MapLog {
     this.#file ??= await this.#folder.createLater(head);
     if (this.#isRemoved) return;
     await writeFully(this.#disk, this.#file.fd, entries, this.#file.length);
-    this.#file.length += entries.length;
+    this.#grow(this.#file, entries.length);
     this.#throttle.noteOffLoop(start);
   }
 
@@ -267,6 +279,7 @@ export class MapLog {
     this.#disk.closeSync(this.#file.fd);
     this.#old.push(this.#file.name);
     this.#file = undefined;
+    this.#isLong = false;
   }
 
   #unlink(count: number): void {

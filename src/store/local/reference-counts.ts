@@ -19,33 +19,42 @@ export function idxOf(key: number): number {
   return key % MAX_DATA_OBJECTS;
 }
 
-/** Counts are in pages of this many objects, so that memory is used only for parts of a disk that have objects. */
-const PAGE_SHIFT = 10;
+/**
+ * Counts are in pages of this many objects, so that memory is used only for parts of a disk that have objects. Small: after many
+ * snapshots, each vid has only a few objects in many parts.
+ */
+const PAGE_SHIFT = 8;
 const PAGE_OBJECTS = 2 ** PAGE_SHIFT;
+/** One byte each; four once a count of the page is higher than this. */
+const MAX_SMALL = 0xff;
 
-type Pages = (Uint32Array | undefined)[];
+type Page = Uint8Array | Uint32Array;
+type Pages = Map<number, Page>;
 
 export class ReferenceCounts {
   readonly #pages = new Map<number, Pages>();
   readonly #objects = new Map<number, number>(); // vid -> its objects with a count above 0
+  /** The page that was asked for last. */
   #lastVid = -1;
-  #last: Pages = [];
+  #lastNumber = -1;
+  #last: Page | undefined;
 
   of(vid: number, idx: number): number {
-    return this.#of(vid)[idx >>> PAGE_SHIFT]?.[idx & (PAGE_OBJECTS - 1)] ?? 0;
+    return this.#page(vid, idx)?.[idx & (PAGE_OBJECTS - 1)] ?? 0;
   }
 
   add(vid: number, idx: number): void {
-    const page = this.#of(vid)[idx >>> PAGE_SHIFT] ?? this.#grow(vid, idx);
+    let page = this.#page(vid, idx) ?? this.#grow(vid, idx);
     const at = idx & (PAGE_OBJECTS - 1);
-    const before = page[at] ?? 0;
+    const before = page[at] as number;
+    if (before === MAX_SMALL && page instanceof Uint8Array) page = this.#put(vid, idx, Uint32Array.from(page));
     page[at] = before + 1;
     if (before === 0) this.#objects.set(vid, (this.#objects.get(vid) ?? 0) + 1);
   }
 
   /** Returns the new count. */
   drop(vid: number, idx: number): number {
-    const page = this.#of(vid)[idx >>> PAGE_SHIFT];
+    const page = this.#page(vid, idx);
     const at = idx & (PAGE_OBJECTS - 1);
     const before = page?.[at] ?? 0;
     if (page === undefined || before === 0) {
@@ -85,8 +94,7 @@ export class ReferenceCounts {
 
   *keys(): Generator<number> {
     for (const [vid, pages] of this.#pages) {
-      for (const [number, page] of pages.entries()) {
-        if (page === undefined) continue;
+      for (const [number, page] of pages) {
         for (let at = 0; at < PAGE_OBJECTS; at++) {
           if (page[at] !== 0) yield localObjectKey(vid, number * PAGE_OBJECTS + at);
         }
@@ -94,24 +102,26 @@ export class ReferenceCounts {
     }
   }
 
-  #of(vid: number): Pages {
-    if (vid !== this.#lastVid) {
-      const pages = this.#pages.get(vid);
-      if (!pages) return NO_PAGES;
+  #page(vid: number, idx: number): Page | undefined {
+    const number = idx >>> PAGE_SHIFT;
+    if (vid !== this.#lastVid || number !== this.#lastNumber) {
       this.#lastVid = vid;
-      this.#last = pages;
+      this.#lastNumber = number;
+      this.#last = this.#pages.get(vid)?.get(number);
     }
     return this.#last;
   }
 
-  #grow(vid: number, idx: number): Uint32Array {
+  #grow(vid: number, idx: number): Page {
     if (vid <= 0 || vid > MAX_VID) throw new Error(`invariant: vid ${vid} out of range`);
+    return this.#put(vid, idx, new Uint8Array(PAGE_OBJECTS));
+  }
+
+  #put(vid: number, idx: number, page: Page): Page {
     let pages = this.#pages.get(vid);
-    if (!pages) this.#pages.set(vid, (pages = []));
-    const page = new Uint32Array(PAGE_OBJECTS);
-    pages[idx >>> PAGE_SHIFT] = page;
+    if (!pages) this.#pages.set(vid, (pages = new Map<number, Page>()));
+    pages.set(idx >>> PAGE_SHIFT, page);
+    this.#lastVid = -1;
     return page;
   }
 }
-
-const NO_PAGES: Pages = [];
