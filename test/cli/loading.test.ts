@@ -9,7 +9,7 @@ const LIST_MODULES = path.resolve(import.meta.dirname, 'list-modules.mjs');
 const BUNDLE = path.resolve(import.meta.dirname, '../../dist/bundle');
 
 /** Bytes of JavaScript that Node parses for `vdi list`, those of other packages not counted. */
-const MAX_PARSED_BYTES = 590_000;
+const MAX_PARSED_BYTES = 595_000;
 
 /**
  * The files of the program that `sheepgate ARGS` loads on a store, by the names that tools/bundle.mjs gives them, and the
