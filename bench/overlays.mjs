@@ -2,7 +2,8 @@
  * What 4 KiB writes cost right after a snapshot, on a fully written disk: in place, over the snapshot, and the same over a qcow2
  * overlay of qemu-nbd, with and without extended_l2. Servers take turns in each round; the output is medians of the rates and of
  * the ratios within a round, the 99th percentile, and the bytes that the disk has written for each byte of the client, with one
- * sync at the end. Owns everything that it makes. The last figure counts the whole disk: nothing else should write to it.
+ * sync at the end; and of reads before the snapshot and after those writes. Owns everything that it makes. The bytes written are
+ * those of the whole disk: nothing else should write to it.
  *
  *     npm run build && node bench/overlays.mjs [--size 1073741824] [--rounds 5] [--seconds 3] [--count N] [--dir DIR]
  */
@@ -21,6 +22,7 @@ const USAGE = `usage: node bench/overlays.mjs [options]
   --seconds S       length of a measurement (default 3)
   --count N         writes of a measurement, in place of --seconds
   --depths N,N      requests at a time (default 1,16)
+  --program FILE    bin/sheepgate.cjs of another build, for a comparison
   --dir DIR         where the data is put (default: the temporary directory)`;
 const values = readOptions({
   program: 'overlays',
@@ -32,6 +34,7 @@ const values = readOptions({
     seconds: { type: 'string', default: '3' },
     count: { type: 'string' },
     depths: { type: 'string', default: '1,16' },
+    program: { type: 'string', default: path.join(HERE, '../bin/sheepgate.cjs') },
     dir: { type: 'string', default: os.tmpdir() },
   },
 });
@@ -43,7 +46,7 @@ process.on('exit', () => {
   fs.rmSync(directory, { recursive: true, force: true });
 });
 buildNbdload();
-const cli = path.join(HERE, '../bin/sheepgate.cjs');
+const cli = path.resolve(values.program);
 const store = path.join(directory, 'store');
 const socket = path.join(directory, 'sheepgate.sock');
 const qemuSocket = path.join(directory, 'qemu.sock');
@@ -131,10 +134,14 @@ async function mergedAgain() {
 
 for (const depth of values.depths.split(',').map(Number)) {
   const rounds = [];
+  const readRatios = [];
   for (let round = 0; round < Number(values.rounds); round++) {
     const result = { 'in place': measured(uri, depth) };
+    const reads = { before: load(uri, depth, 'read') };
     sheepgate('vdi', 'snapshot', 'disk', 's');
     result['after a snapshot'] = measured(uri, depth);
+    reads.after = load(uri, depth, 'read');
+    readRatios.push(reads.after.rate / reads.before.rate);
     sheepgate('vdi', 'delete', 'disk@s');
     await mergedAgain();
     if (hasQemu) {
@@ -156,6 +163,7 @@ for (const depth of values.depths.split(',').map(Number)) {
         `  after a snapshot: ${ratio.toFixed(2)} times this rate`,
     );
   }
+  console.log(`  reads after these writes: ${median(readRatios).toFixed(2)} times the rate before the snapshot`);
 }
 await stop();
 process.exit(0);
