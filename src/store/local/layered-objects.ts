@@ -355,7 +355,9 @@ export class LayeredObjects implements DataObjects {
         continue;
       }
       const leftovers: number[] = [];
-      for (let n = 0; found.damage === undefined && n < SEGMENT_OBJECTS; n++) {
+      // Without holes, the space of an overlay that is gone is given back with the file: what it holds is no mistake.
+      const isLooked = found.damage === undefined && this.#segments.canZeroFast(false);
+      for (let n = 0; isLooked && n < SEGMENT_OBJECTS; n++) {
         const idx = idxOf(segment) * SEGMENT_OBJECTS + n;
         if (this.isOverlay(vid, idx)) continue;
         if (await this.#hasData(segment, n)) leftovers.push(localObjectKey(vid, idx));
