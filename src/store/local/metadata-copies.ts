@@ -242,7 +242,8 @@ export class MetadataCopies implements ChangeNoter {
     // A commit of the same moment may say it, and its line may not be durable yet: that is rare, and it is said again.
     const news = linesOf(touched, this.#said);
     // A new record begins with the map of its parent, as that is with this commit: what is said of known vids comes first.
-    const isOfKnown = (line: RecordedChange): boolean => metadata.record(Object.values(line)[0] as number) !== undefined;
+    const isOfKnown = (line: RecordedChange): boolean =>
+      metadata.record(Object.values(line)[0] as number) !== undefined;
     const changes: RecordedChange[] = [
       ...news.filter(isOfKnown),
       ...puts.map((record) => ({ put: record })),
