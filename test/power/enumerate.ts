@@ -18,6 +18,9 @@ const STATE_MS = 60_000;
 /** A first crash is followed by one during the recovery so often. */
 const SECOND_CRASH = 0.12;
 
+/** After something was removed. */
+const DANGEROUS_MOMENTS = 4;
+
 const LOSSES = { strict: 5, ext4: 3, death: 2, away: 1 } as const;
 
 /** What follows which loss in a second crash. What a killed process has not synced is not durable: see Run in workload.ts. */
@@ -86,7 +89,7 @@ async function checkWorkload(workload: Workload, options: EnumerateOptions, prog
   const random = new Random(`${workload.label}/order`);
   const all = (workload.end - workload.start) * CHOICES_PER_MOMENT;
   // In an order of its own, so that a run that ends early has looked everywhere.
-  const order = shuffled(all, random);
+  const order = dangerousFirst(shuffled(all, random), workload);
   const enough = Math.min(options.states, progress.states + STATES_PER_WORKLOAD);
   for (const at of order) {
     if (progress.states >= enough) return true;
@@ -197,6 +200,26 @@ function after(loss: Loss, { bootId, mounting }: Identity): Identity {
   if (loss === 'death') return { bootId, mounting };
   if (loss === 'away') return { bootId, mounting: `${mounting} more` };
   return { bootId: `${bootId} and another`, mounting };
+}
+
+/**
+ * Every second place is for moments at which something is lost for good: a name was removed, a hole was punched, a file was cut,
+ * a moment ago. They are few, and what is removed too early is seen only there.
+ */
+function dangerousFirst(order: readonly number[], { journal, start }: Workload): number[] {
+  const dangerous = new Set<number>();
+  for (const event of journal.events) {
+    const removes = event.type === 'name' && event.changes.some(({ ino }) => ino === undefined);
+    if (!removes && !(event.type === 'data' && event.isMetadata)) continue;
+    for (let at = event.at; at < event.at + DANGEROUS_MOMENTS; at++) dangerous.add(at - start - 1);
+  }
+  const isDangerous = (at: number): boolean => dangerous.has(Math.floor(at / CHOICES_PER_MOMENT));
+  const first = order.filter(isDangerous);
+  const rest = order.filter((at) => !isDangerous(at));
+  const mixed: number[] = [];
+  for (let n = 0; n < Math.max(first.length, rest.length); n++)
+    mixed.push(...first.slice(n, n + 1), ...rest.slice(n, n + 1));
+  return mixed;
 }
 
 function shuffled(count: number, random: Random): number[] {

@@ -34,6 +34,9 @@ export interface OperationsParts {
   readonly merge: () => Promise<void>;
 }
 
+/** An overlay with so many bytes of an object, and more, takes the rest from below: the cheaper direction. */
+const MOST_OF_OBJECT = 600_000;
+
 /** Operations on data, which several disks can do at once. */
 const ON_DATA = { write: 6, fua: 2, burst: 3, zero: 2, trim: 2, flush: 4, snapshot: 2 } as const;
 type OnData = keyof typeof ON_DATA;
@@ -44,6 +47,8 @@ export type Operation =
   | 'snapshotUnderWrites'
   | 'merge'
   | 'mergeUnderWrites'
+  | 'mergeUp'
+  | 'trimObject'
   | 'now'
   | 'deleteSnapshot'
   | 'deleteDisk'
@@ -70,6 +75,13 @@ export class Operations {
 
   #now(): number {
     return this.#parts.machine.journal.mark();
+  }
+
+  /** The process is killed: what is answered from now on reaches nobody. */
+  isDead = false;
+
+  #answered(done: (at: number) => void, at = this.#now()): void {
+    if (!this.isDead) done(at);
   }
 
   #new(): number {
@@ -145,6 +157,10 @@ export class Operations {
         await Promise.all([this.#parts.merge(), write()]);
         return;
       }
+      case 'mergeUp':
+        return this.#mergeUp(name);
+      case 'trimObject':
+        return this.#trimObject(name);
       case 'now':
         return this.#temporary(name);
       case 'deleteSnapshot':
@@ -202,7 +218,7 @@ export class Operations {
       case 'flush':
         return this.#flush(open);
       case 'snapshot':
-        return this.#snapshot(open, true);
+        await this.#snapshot(open, true);
     }
   }
 
@@ -243,7 +259,7 @@ export class Operations {
     this.#parts.tell(`write ${number}: ${name} ${range.offset} +${range.length}${fua ? ' FUA' : ''}`);
     const done = model.write(range, data, this.#now(), fua);
     await vdi.write(range.offset, data, fua);
-    done(this.#now());
+    this.#answered(done);
   }
 
   async #zero({ name, model, vdi }: OpenDisk, range: Range, how: 'zero' | 'trim'): Promise<void> {
@@ -256,7 +272,7 @@ export class Operations {
     const done = model.write(range, undefined, this.#now(), fua);
     if (how === 'zero') await vdi.zero(range.offset, range.length, { noHole, fua });
     else await vdi.trim(range.offset, range.length, fua);
-    done(this.#now());
+    this.#answered(done);
   }
 
   async #flush({ name, model, vdi }: OpenDisk): Promise<void> {
@@ -265,7 +281,7 @@ export class Operations {
     await vdi.flush();
     const at = this.#now();
     this.#parts.tell(`flushed ${name}`);
-    done(at);
+    this.#answered(done, at);
   }
 
   async create(): Promise<void> {
@@ -275,7 +291,7 @@ export class Operations {
     this.#parts.tell(`create ${name} ${size}`);
     const done = model.put(name, { kind: 'disk', disk: new DiskModel(name, size) }, this.#now());
     await this.catalog.create(name, size, { blockSizeShift: OBJECT_SHIFT });
-    done(this.#now());
+    this.#answered(done);
   }
 
   #someSize(): number {
@@ -285,8 +301,8 @@ export class Operations {
   }
 
   /** `isQuiet`: nothing is written to the disk meanwhile. */
-  async #snapshot({ name, model }: OpenDisk, isQuiet: boolean): Promise<void> {
-    if (this.#snapshots().length >= MAX_SNAPSHOTS) return;
+  async #snapshot({ name, model }: OpenDisk, isQuiet: boolean): Promise<string | undefined> {
+    if (this.#snapshots().length >= MAX_SNAPSHOTS) return undefined;
     const spec = `${name}@s${this.#new()}`;
     this.#parts.tell(`snapshot ${spec}`);
     const begun = this.#now();
@@ -296,13 +312,14 @@ export class Operations {
     await this.catalog.snapshot(name, spec.slice(name.length + 1));
     const at = this.#now();
     this.#parts.tell(`taken: ${spec}`);
-    done(at);
-    flushed(at);
-    if (isQuiet) return;
+    this.#answered(done, at);
+    this.#answered(flushed, at);
+    if (isQuiet) return spec;
     const bytes = await contentOf(this.catalog, spec);
     const wrong = model.wrongInSnapshot(bytes, begun, at);
     if (wrong) throw new Violation(`${spec}, just taken: ${describeWrong(wrong) ?? ''}`);
     thing.bytes = bytes;
+    return spec;
   }
 
   async #snapshotUnderWrites(name: string): Promise<void> {
@@ -313,6 +330,28 @@ export class Operations {
       this.#snapshot(open, false),
       ...(random.chance(0.5) ? [this.#flush(open)] : []),
     ]);
+  }
+
+  /** The first object becomes an overlay with most of its blocks, which takes the rest from below. No flush follows. */
+  async #mergeUp(name: string): Promise<void> {
+    const open = await this.#opened(name);
+    const { random, tell } = this.#parts;
+    await this.#write(open, { offset: 0, length: OBJECT }, false);
+    await this.#flush(open);
+    const spec = await this.#snapshot(open, true);
+    if (spec === undefined) return;
+    await this.#write(open, { offset: 0, length: random.between(MOST_OF_OBJECT, OBJECT - BLOCK) }, random.chance(0.5));
+    await this.#delete([spec]);
+    tell('merge');
+    await this.#parts.merge();
+  }
+
+  /** The first object is given up, and a flush begins while it goes. */
+  async #trimObject(name: string): Promise<void> {
+    const open = await this.#opened(name);
+    await this.#write(open, { offset: 0, length: OBJECT }, true);
+    await this.#zero(open, { offset: 0, length: OBJECT }, 'trim');
+    await this.#flush(open);
   }
 
   async #temporary(name: string): Promise<void> {
@@ -339,7 +378,7 @@ export class Operations {
     const done = this.#parts.model.put(spec, undefined, this.#now());
     await this.catalog.remove(spec);
     this.#parts.tell(`deleted ${spec}`);
-    done(this.#now());
+    this.#answered(done);
   }
 
   #snapshotBytes(spec: string): Buffer {
@@ -358,7 +397,7 @@ export class Operations {
     const disk = new DiskModel(name, bytes.length, bytes);
     const done = this.#parts.model.put(name, { kind: 'disk', disk }, this.#now());
     await this.catalog.clone(spec, name);
-    done(this.#now());
+    this.#answered(done);
   }
 
   async #rollback(): Promise<void> {
@@ -374,7 +413,7 @@ export class Operations {
     const disk = new DiskModel(`${name}r${this.#new()}`, bytes.length, bytes);
     const done = this.#parts.model.put(name, { kind: 'disk', disk }, this.#now());
     await this.catalog.rollback(spec);
-    done(this.#now());
+    this.#answered(done);
   }
 
   async #resize(name: string): Promise<void> {
@@ -391,7 +430,7 @@ export class Operations {
     const resized = model.resize(size, now);
     await this.catalog.resize(name, size, { force: true });
     const at = this.#now();
-    for (const done of [cut, flushed, resized]) done(at);
+    for (const done of [cut, flushed, resized]) this.#answered(done, at);
   }
 
   /** As an import does. */
@@ -418,7 +457,7 @@ export class Operations {
     await this.catalog.finish(name, run);
     const at = this.#now();
     finished(at);
-    flushed(at);
+    this.#answered(flushed, at);
   }
 
   async backup(): Promise<void> {

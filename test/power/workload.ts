@@ -31,7 +31,7 @@ const NEVER_MS = 2 ** 30;
 const STEPS = {
   ...{ write: 14, fua: 3, burst: 5, zero: 3, trim: 4, flush: 6, both: 6 },
   ...{ snapshot: 6, snapshotUnderWrites: 3, now: 2, deleteSnapshot: 5, deleteDisk: 1, clone: 3, rollback: 2 },
-  ...{ resize: 2, fill: 1, reopen: 3, kill: 3, pass: 2, merge: 4, mergeUnderWrites: 3 },
+  ...{ resize: 2, fill: 1, reopen: 3, kill: 3, pass: 2, merge: 4, mergeUnderWrites: 3, mergeUp: 4, trimObject: 3 },
 } as const;
 
 export interface Workload extends Recording {
@@ -217,6 +217,7 @@ class Run {
       await this.#machine.turns.later(this, () => undefined);
     const has = new Random(`kill ${this.#machine.journal.now} ${this.#random.below(2 ** 31)}`);
     this.#disk.kill(() => has.chance(0.5));
+    this.#operations.isDead = true;
     this.#tell('killed');
     const old = this.#store;
     await Promise.allSettled(begun);
