@@ -33,9 +33,9 @@ afterEach(async () => {
   fs.rmSync(directory, { recursive: true, force: true });
 });
 
-/** From here on no data reaches the disk until `open` is called. `stopped` resolves when a sync waits for that. */
+/** From here on no data of objects reaches the disk until `open` is called. `stopped` resolves when a sync waits for that. */
 function holdSyncs(): { open: () => void; stopped: () => Promise<void> } {
-  const { release, reached } = failing.hold({ calls: ['fdatasync'] });
+  const { release, reached } = failing.hold({ calls: ['fdatasync'], file: /objects/ });
   return { open: release, stopped: () => reached };
 }
 
