@@ -151,6 +151,7 @@ describe.each(['ext4', 'xfs'] as const)('on %s', (type) => {
         }
         await daemon.kill();
         await loaded;
+        expect(subject.expected.problems).toEqual([]);
         client.destroy();
         await subject.compare();
       }
@@ -198,6 +199,7 @@ describe('a disk of nbdkit', () => {
       await subject.work(daemon);
       await daemon.kill();
       await loaded;
+      expect(subject.expected.problems).toEqual([]);
       client.destroy();
       await subject.compare();
     },
